@@ -1,0 +1,1 @@
+"""Config, errors, findings, records and protocols. No torch at import, no other room."""

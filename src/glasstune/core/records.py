@@ -1,0 +1,64 @@
+"""Result records: what `--json` writes. Field names are the contract's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from glasstune.core.findings import Finding
+
+
+@dataclass(slots=True)
+class Record:
+    """Base of all records."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON object of the contract."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class DataRecord(Record):
+    """Result of the data check."""
+
+    rows: int
+    kept: int
+    dropped: dict[str, int]
+    tokens: int
+    trained_tokens: int
+    lengths: dict[str, int]
+    by_source: dict[str, dict[str, int]]
+    findings: list[Finding] = field(default_factory=list)
+
+
+StoppedBy = Literal["done", "signal", "gate", "early_stopping"]
+
+
+@dataclass(slots=True)
+class TrainRecord(Record):
+    """Result of a training run. Losses are means over trained tokens, in nats."""
+
+    ok: bool
+    stopped_by: StoppedBy
+    updates: int
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    best_step: int | None
+    seconds: float
+    trained_tokens: int
+    peak_memory_bytes: int
+    adapter: str
+    resumable: bool
+    findings: list[Finding] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class EvaluateRecord(Record):
+    """Result of an evaluation."""
+
+    eval_loss: float
+    perplexity: float
+    token_accuracy: float
+    tokens: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+    by_source: dict[str, dict[str, float]] = field(default_factory=dict)
