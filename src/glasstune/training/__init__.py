@@ -1,0 +1,1 @@
+"""The loop: step, loss terms, optimiser, schedule, checkpoints and metrics."""

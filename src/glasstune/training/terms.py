@@ -1,0 +1,324 @@
+"""Loss terms: named, weighted, each a (sum, count) over trained positions.
+
+The trainer divides each sum by its count over the whole update, so the split into micro-batches
+changes nothing. Shape letters: N trained positions, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from glasstune.core.config import LossConfig
+from glasstune.core.errors import InputError, RunError
+from glasstune.kernels.linear_cross_entropy import (
+    chunk_rows,
+    chunked_head_sums,
+    chunks,
+    head_cross_entropy,
+    linear_cross_entropy,
+)
+
+BUILT_IN = ("next_token", "z_loss", "kl_to_base")
+
+
+@dataclass
+class LossBatch:
+    """What a loss term sees of a micro-batch: trained positions only.
+
+    Args:
+        hidden: The backbone's output, float [N, d], with graph.
+        labels: int64 [N]; the id that each position must predict.
+        documents: int64 [N]; index of each position's document in this micro-batch.
+        sources: int64 [N]; index of each position's data source.
+        weights: fp32 [N]; `loss_weight` of the position's source.
+        columns: Values asked for in the data, per document: name -> list.
+        step: 1-based number of the update.
+        vocabulary: V.
+        head: Maps hidden [n, d] to logits [n, V].
+        head_weight: The head's weight [V, d] where it is a frozen bare Linear, else None.
+        base_hidden: The backbone's output with every adapter off, [N, d] without graph; None
+            where no term asked for it.
+        adapters_off: Opens a context in which every adapter is off.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    documents: Tensor
+    sources: Tensor
+    weights: Tensor
+    columns: Mapping[str, list[Any]]
+    step: int
+    vocabulary: int
+    head: Callable[[Tensor], Tensor]
+    head_weight: Tensor | None = None
+    base_hidden: Tensor | None = None
+    adapters_off: Callable[[], AbstractContextManager[Any]] | None = None
+    _base_maker: Callable[[], Tensor] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of positions whose logits fit a bounded memory."""
+        return chunks(len(self), chunk_rows(self.vocabulary))
+
+    def logits(self, chunk: slice = slice(None)) -> Tensor:
+        """Logits of a chunk of positions, [n, V], with graph."""
+        return self.head(self.hidden[chunk])
+
+    def base_logits(self, chunk: slice = slice(None)) -> Tensor:
+        """Logits of the base model (adapters off) for a chunk, [n, V], without graph.
+
+        Raises:
+            RuntimeError: The batch was made without a base model.
+        """
+        if self.base_hidden is None and self._base_maker is not None:
+            self.base_hidden = self._base_maker()
+        if self.base_hidden is None or self.adapters_off is None:
+            raise RuntimeError("this batch has no base model to compare with")
+        with torch.no_grad(), self.adapters_off():
+            return self.head(self.base_hidden[chunk])
+
+    def sum_over_chunks(self, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Sums `function(logits [n, V], slice)` over chunks in bounded memory.
+
+        Each chunk's logits are recomputed in backward, so at no time do all logits exist.
+        """
+        return chunked_head_sums(
+            self.hidden, lambda hidden, part: function(self.head(hidden), part), self.vocabulary
+        )
+
+    def select(self, keep: Tensor) -> LossBatch:
+        """Returns the batch of the positions where `keep`, bool [N], holds."""
+        base = self.base_hidden[keep] if self.base_hidden is not None else None
+        maker = self._base_maker
+        return LossBatch(
+            hidden=self.hidden[keep],
+            labels=self.labels[keep],
+            documents=self.documents[keep],
+            sources=self.sources[keep],
+            weights=self.weights[keep],
+            columns=self.columns,
+            step=self.step,
+            vocabulary=self.vocabulary,
+            head=self.head,
+            head_weight=self.head_weight,
+            base_hidden=base,
+            adapters_off=self.adapters_off,
+            _base_maker=None if maker is None or base is not None else lambda: maker()[keep],
+        )
+
+
+UserLoss = Callable[[LossBatch], tuple[Tensor, Tensor | float | int]]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term, resolved.
+
+    Args:
+        config: Name, weight, sources.
+        source_indices: Sources that it sees; None = all.
+        function: The user's function, or None for a built-in.
+    """
+
+    config: LossConfig
+    source_indices: tuple[int, ...] | None
+    function: UserLoss | None
+
+    @property
+    def name(self) -> str:
+        """The term's name in metrics and audits."""
+        return self.config.name
+
+    def keep(self, sources: Tensor) -> Tensor:
+        """Which positions the term sees: bool [N] from their source indices."""
+        if self.source_indices is None:
+            return torch.ones_like(sources, dtype=torch.bool)
+        seen = torch.tensor(self.source_indices, dtype=sources.dtype, device=sources.device)
+        return torch.isin(sources, seen)
+
+
+def resolve_terms(
+    losses: Sequence[LossConfig], source_names: Sequence[str], base_folder: Path = Path()
+) -> tuple[Term, ...]:
+    """Checks names, sources and functions before anything heavy is loaded.
+
+    Raises:
+        InputError: A name twice, an unknown built-in, an unknown source, or a function that
+            cannot be imported.
+    """
+    terms: list[Term] = []
+    for index, loss in enumerate(losses):
+        where = f"losses.{index}"
+        if any(loss.name == term.name for term in terms):
+            raise InputError(
+                "duplicate_loss",
+                f"two terms are named {loss.name!r}",
+                where=where,
+                fix="give each term a name of its own",
+            )
+        if loss.function is None and loss.name not in BUILT_IN:
+            raise InputError(
+                "unknown_loss",
+                f"there is no built-in term {loss.name!r}",
+                where=f"{where}.name",
+                fix=f"use one of {', '.join(BUILT_IN)}, or set function: my_file.py:my_loss",
+            )
+        indices: list[int] = []
+        for source in loss.sources or ():
+            if source not in source_names:
+                raise InputError(
+                    "unknown_source",
+                    f"term {loss.name!r} names the source {source!r}, which does not exist",
+                    where=f"{where}.sources",
+                    fix=f"the sources are: {', '.join(source_names)}",
+                )
+            indices.append(list(source_names).index(source))
+        function = load_function(loss.function, where, base_folder) if loss.function else None
+        terms.append(Term(loss, tuple(indices) if loss.sources is not None else None, function))
+    return tuple(terms)
+
+
+def load_function(spec: str, where: str, base_folder: Path) -> UserLoss:
+    """Imports `file.py:name` from a path relative to `base_folder`.
+
+    Raises:
+        InputError: The file or the name is missing, or importing it raised.
+    """
+    path_text, _, name = spec.rpartition(":")
+    path = base_folder / path_text
+    if not path_text or not path.is_file():
+        raise InputError(
+            "loss_file_missing",
+            f"{spec!r} names no Python file ({path} not found)" if path_text else
+            f"{spec!r} has no file before the colon",
+            where=f"{where}.function",
+            fix="write it as my_file.py:my_loss",
+        )
+    module_spec = importlib.util.spec_from_file_location(f"glasstune_user_{path.stem}", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(
+            "loss_file_fails",
+            f"importing {path} raised {type(error).__name__}: {error}",
+            where=f"{where}.function",
+            fix="make the file importable on its own",
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(
+            "loss_function_missing",
+            f"{path} has no function {name!r}",
+            where=f"{where}.function",
+            fix="check the name after the colon",
+        )
+    loaded: UserLoss = function
+    return loaded
+
+
+def term_sums(terms: Sequence[Term], batch: LossBatch) -> dict[str, tuple[Tensor, float]]:
+    """Computes every term of a micro-batch.
+
+    Args:
+        terms: The resolved terms.
+        batch: Trained positions of the micro-batch.
+
+    Returns:
+        name -> (sum, fp32 scalar with graph; count). A term that sees no position is left out.
+
+    Raises:
+        RunError: A user's function raised or returned something else than (sum, count).
+    """
+    results: dict[str, tuple[Tensor, float]] = {}
+    fused = [term for term in terms if term.function is None and term.name != "kl_to_base"]
+    results.update(_cross_entropy_terms(fused, batch))
+    for term in terms:
+        keep = term.keep(batch.sources)
+        if term in fused or not bool(keep.any()):
+            continue
+        part = batch if bool(keep.all()) else batch.select(keep)
+        if term.function is not None:
+            results[term.name] = _user_term(term, part)
+        else:
+            count = float(part.weights.sum())
+            if count > 0:
+                results[term.name] = (kl_to_base(part), count)
+    return results
+
+
+def _cross_entropy_terms(
+    terms: Sequence[Term], batch: LossBatch
+) -> dict[str, tuple[Tensor, float]]:
+    """next_token and z_loss share one pass over the logits."""
+    weights = {term.name: batch.weights * term.keep(batch.sources) for term in terms}
+    counts = {name: float(weight.sum()) for name, weight in weights.items()}
+    wanted = {name: weight for name, weight in weights.items() if counts[name] > 0}
+    if not wanted or len(batch) == 0:
+        return {}
+    nll_weights = wanted.get("next_token", torch.zeros_like(batch.weights))
+    z_weights = wanted.get("z_loss")
+    if batch.head_weight is not None and batch.head_weight.dtype == batch.hidden.dtype:
+        nll, z = linear_cross_entropy(
+            batch.hidden, batch.head_weight, batch.labels, nll_weights, z_weights
+        )
+    else:
+        nll, z = head_cross_entropy(
+            batch.hidden, batch.head, batch.vocabulary, batch.labels, nll_weights, z_weights
+        )
+    sums = {"next_token": nll, "z_loss": z}
+    return {name: (sums[name], counts[name]) for name in wanted}
+
+
+def kl_to_base(batch: LossBatch) -> Tensor:
+    """Weighted sum of KL(tuned || base) over positions, fp32, exact over the vocabulary."""
+
+    def part_sum(hidden: Tensor, part: slice) -> Tensor:
+        tuned = log_softmax(batch.head(hidden).float(), dim=-1)
+        base = log_softmax(batch.base_logits(part).float(), dim=-1)
+        divergence = (tuned.exp() * (tuned - base)).sum(dim=-1)
+        return (divergence * batch.weights[part]).sum()
+
+    return chunked_head_sums(batch.hidden, part_sum, batch.vocabulary)
+
+
+def _user_term(term: Term, batch: LossBatch) -> tuple[Tensor, float]:
+    assert term.function is not None
+    try:
+        result = term.function(batch)
+    except Exception as error:
+        raise RunError(
+            "loss_function_raised",
+            f"loss term {term.name!r} raised {type(error).__name__}: {error}",
+            where=term.config.function or "",
+            fix="the function takes a LossBatch and returns (sum, count)",
+        ) from error
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor)):
+        raise RunError(
+            "loss_function_result",
+            f"loss term {term.name!r} returned {type(result).__name__}, not (sum, count)",
+            where=term.config.function or "",
+            fix="return a scalar tensor and the number of things summed",
+        )
+    total, count = result
+    if total.dim() != 0:
+        raise RunError(
+            "loss_not_scalar",
+            f"loss term {term.name!r} returned a sum of shape {tuple(total.shape)}",
+            where=term.config.function or "",
+            fix="sum it to a scalar",
+        )
+    return total.float(), float(count)
