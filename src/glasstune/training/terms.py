@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,14 @@ class LossBatch:
         hidden: The backbone's output, float [N, d], with graph.
         labels: int64 [N]; the id that each position must predict.
         documents: int64 [N]; index of each position's document in this micro-batch.
-        sources: int64 [N]; index of each position's data source.
-        weights: fp32 [N]; `loss_weight` of the position's source.
+        sources: int64 [N] on the CPU; index of each position's data source.
+        source_weights: `loss_weight` of each source.
         columns: Values asked for in the data, per document: name -> list.
         step: 1-based number of the update.
         vocabulary: V.
         head: Maps hidden [n, d] to logits [n, V].
         head_weight: The head's weight [V, d] where it is a frozen bare Linear, else None.
-        base_hidden: The backbone's output with every adapter off, [N, d] without graph; None
-            where no term asked for it.
+        base: Computes (once) the backbone's output with every adapter off, [N, d], no graph.
         adapters_off: Opens a context in which every adapter is off.
     """
 
@@ -54,15 +53,14 @@ class LossBatch:
     labels: Tensor
     documents: Tensor
     sources: Tensor
-    weights: Tensor
+    source_weights: Sequence[float]
     columns: Mapping[str, list[Any]]
     step: int
     vocabulary: int
     head: Callable[[Tensor], Tensor]
     head_weight: Tensor | None = None
-    base_hidden: Tensor | None = None
+    base: Callable[[], Tensor] | None = None
     adapters_off: Callable[[], AbstractContextManager[Any]] | None = None
-    _base_maker: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -81,12 +79,11 @@ class LossBatch:
         Raises:
             RuntimeError: The batch was made without a base model.
         """
-        if self.base_hidden is None and self._base_maker is not None:
-            self.base_hidden = self._base_maker()
-        if self.base_hidden is None or self.adapters_off is None:
+        if self.base is None or self.adapters_off is None:
             raise RuntimeError("this batch has no base model to compare with")
+        hidden = self.base()
         with torch.no_grad(), self.adapters_off():
-            return self.head(self.base_hidden[chunk])
+            return self.head(hidden[chunk])
 
     def sum_over_chunks(self, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
         """Sums `function(logits [n, V], slice)` over chunks in bounded memory.
@@ -97,24 +94,23 @@ class LossBatch:
             self.hidden, lambda hidden, part: function(self.head(hidden), part), self.vocabulary
         )
 
+    @property
+    def weights(self) -> Tensor:
+        """`loss_weight` of each position's source, fp32 [N]."""
+        table = torch.tensor(self.source_weights, dtype=torch.float32)
+        return table[self.sources].to(self.hidden.device, non_blocking=True)
+
     def select(self, keep: Tensor) -> LossBatch:
-        """Returns the batch of the positions where `keep`, bool [N], holds."""
-        base = self.base_hidden[keep] if self.base_hidden is not None else None
-        maker = self._base_maker
-        return LossBatch(
-            hidden=self.hidden[keep],
-            labels=self.labels[keep],
-            documents=self.documents[keep],
+        """Returns the batch of the positions where `keep`, bool [N] on the CPU, holds."""
+        index = keep.nonzero().squeeze(-1).to(self.hidden.device)
+        base = self.base
+        return replace(
+            self,
+            hidden=self.hidden[index],
+            labels=self.labels[index],
+            documents=self.documents[index],
             sources=self.sources[keep],
-            weights=self.weights[keep],
-            columns=self.columns,
-            step=self.step,
-            vocabulary=self.vocabulary,
-            head=self.head,
-            head_weight=self.head_weight,
-            base_hidden=base,
-            adapters_off=self.adapters_off,
-            _base_maker=None if maker is None or base is not None else lambda: maker()[keep],
+            base=None if base is None else lambda: base()[index],
         )
 
 
@@ -144,8 +140,22 @@ class Term:
         """Which positions the term sees: bool [N] from their source indices."""
         if self.source_indices is None:
             return torch.ones_like(sources, dtype=torch.bool)
-        seen = torch.tensor(self.source_indices, dtype=sources.dtype, device=sources.device)
-        return torch.isin(sources, seen)
+        return torch.isin(sources, torch.tensor(self.source_indices, dtype=sources.dtype))
+
+    def known_count(self, sources: Tensor, source_weights: Sequence[float]) -> float | None:
+        """Weighted positions that the term sees, without running the model.
+
+        Args:
+            sources: int64 [N] on the CPU.
+            source_weights: `loss_weight` of each source.
+
+        Returns:
+            The count, or None where only the user's function knows it.
+        """
+        if self.function is not None:
+            return None
+        table = torch.tensor(source_weights, dtype=torch.float64)
+        return float(table[sources[self.keep(sources)]].sum())
 
 
 def resolve_terms(
@@ -243,20 +253,20 @@ def term_sums(terms: Sequence[Term], batch: LossBatch) -> dict[str, tuple[Tensor
     Raises:
         RunError: A user's function raised or returned something else than (sum, count).
     """
-    results: dict[str, tuple[Tensor, float]] = {}
-    fused = [term for term in terms if term.function is None and term.name != "kl_to_base"]
-    results.update(_cross_entropy_terms(fused, batch))
+    results = _cross_entropy_terms(
+        [term for term in terms if term.function is None and term.name != "kl_to_base"], batch
+    )
     for term in terms:
         keep = term.keep(batch.sources)
-        if term in fused or not bool(keep.any()):
+        if (term.function is None and term.name != "kl_to_base") or not bool(keep.any()):
             continue
         part = batch if bool(keep.all()) else batch.select(keep)
         if term.function is not None:
             results[term.name] = _user_term(term, part)
-        else:
-            count = float(part.weights.sum())
-            if count > 0:
-                results[term.name] = (kl_to_base(part), count)
+            continue
+        count = term.known_count(batch.sources, batch.source_weights)
+        if count:
+            results[term.name] = (kl_to_base(part), count)
     return results
 
 
@@ -264,13 +274,19 @@ def _cross_entropy_terms(
     terms: Sequence[Term], batch: LossBatch
 ) -> dict[str, tuple[Tensor, float]]:
     """next_token and z_loss share one pass over the logits."""
-    weights = {term.name: batch.weights * term.keep(batch.sources) for term in terms}
-    counts = {name: float(weight.sum()) for name, weight in weights.items()}
-    wanted = {name: weight for name, weight in weights.items() if counts[name] > 0}
-    if not wanted or len(batch) == 0:
+    counts = {
+        term.name: term.known_count(batch.sources, batch.source_weights) or 0.0 for term in terms
+    }
+    device = batch.hidden.device
+    weights = {
+        term.name: batch.weights * term.keep(batch.sources).to(device)
+        for term in terms
+        if counts[term.name] > 0
+    }
+    if not weights:
         return {}
-    nll_weights = wanted.get("next_token", torch.zeros_like(batch.weights))
-    z_weights = wanted.get("z_loss")
+    nll_weights = weights.get("next_token", torch.zeros(len(batch), device=device))
+    z_weights = weights.get("z_loss")
     if batch.head_weight is not None and batch.head_weight.dtype == batch.hidden.dtype:
         nll, z = linear_cross_entropy(
             batch.hidden, batch.head_weight, batch.labels, nll_weights, z_weights
@@ -280,17 +296,18 @@ def _cross_entropy_terms(
             batch.hidden, batch.head, batch.vocabulary, batch.labels, nll_weights, z_weights
         )
     sums = {"next_token": nll, "z_loss": z}
-    return {name: (sums[name], counts[name]) for name in wanted}
+    return {name: (sums[name], counts[name]) for name in weights}
 
 
 def kl_to_base(batch: LossBatch) -> Tensor:
     """Weighted sum of KL(tuned || base) over positions, fp32, exact over the vocabulary."""
+    weights = batch.weights
 
     def part_sum(hidden: Tensor, part: slice) -> Tensor:
         tuned = log_softmax(batch.head(hidden).float(), dim=-1)
         base = log_softmax(batch.base_logits(part).float(), dim=-1)
         divergence = (tuned.exp() * (tuned - base)).sum(dim=-1)
-        return (divergence * batch.weights[part]).sum()
+        return (divergence * weights[part]).sum()
 
     return chunked_head_sums(batch.hidden, part_sum, batch.vocabulary)
 
