@@ -1,0 +1,136 @@
+"""`./run`: help, wrong commands, and machines where Python's venv is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+FAKE_PYTHON = """#!/bin/sh
+# New enough; has no ensurepip until apt-get was called; its venv module always fails.
+case "$*" in
+*ensurepip*) [ -e "{state}/venv-installed" ] ;;
+*python%d*) echo python3.11-venv ;;
+*--version*) echo Python 3.11.2 ;;
+*'-m venv'*) echo "made $*" >>"{state}/calls"; exit 7 ;;
+*) exit 0 ;;
+esac
+"""
+FAKE_APT = """#!/bin/sh
+echo "apt-get $*" >>"{state}/calls"
+case "$1" in install) : >"{state}/venv-installed" ;; esac
+"""
+
+
+def fake_machine(tmp_path: Path, user: int, apt: bool = True) -> tuple[Path, dict[str, str]]:
+    """A copy of the script with a PATH on which python3, apt-get and id are ours."""
+    copy = tmp_path / "a clone"
+    tools = tmp_path / "bin"
+    copy.mkdir()
+    tools.mkdir()
+    shutil.copy(ROOT / "run", copy)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    fakes = {"python3": FAKE_PYTHON, "id": f"#!/bin/sh\necho {user}\n"}
+    if apt:
+        fakes["apt-get"] = FAKE_APT
+    for name, text in fakes.items():
+        path = tools / name
+        path.write_text(text.replace("{state}", str(tmp_path)))
+        path.chmod(0o755)
+    for name in ("dirname", "cksum", "cat", "rm", "mv", "date", "sh"):
+        found = shutil.which(name)
+        assert found, name
+        (tools / name).symlink_to(found)
+    return copy / "run", {"PATH": str(tools)}
+
+
+def call(
+    script: Path, *args: str, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["/bin/sh", str(script), *args], env=env or dict(os.environ), cwd="/",
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_help_lists_every_command_and_installs_nothing(tmp_path: Path) -> None:
+    script, env = fake_machine(tmp_path, user=1000)
+    for args in ((), ("help",), ("--help",)):
+        done = call(script, *args, env=env)
+        assert done.returncode == 0
+        for command in ("demo", "test", "test-full", "lint", "bench", "setup", "TORCH=", "PYTHON="):
+            assert command in done.stdout
+    assert not (tmp_path / "calls").exists()
+
+
+def test_unknown_command_is_exit_2(tmp_path: Path) -> None:
+    script, env = fake_machine(tmp_path, user=1000)
+    done = call(script, "tset", env=env)
+    assert done.returncode == 2
+    assert "unknown command: tset" in done.stderr
+    assert done.stdout == ""
+
+
+def test_missing_venv_prints_the_line_to_type_when_not_root(tmp_path: Path) -> None:
+    script, env = fake_machine(tmp_path, user=1000)
+    done = call(script, "demo", env=env)
+    assert done.returncode == 1
+    assert "sudo apt-get update && sudo apt-get install -y python3.11-venv" in done.stderr
+    assert not (tmp_path / "calls").exists()
+
+
+def test_missing_venv_is_installed_with_apt_when_root(tmp_path: Path) -> None:
+    script, env = fake_machine(tmp_path, user=0)
+    done = call(script, "demo", env=env)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0].startswith("apt-get update")
+    assert calls[1].startswith("apt-get install")
+    assert calls[1].endswith("python3.11-venv")
+    assert calls[2].startswith("made -m venv --clear ")
+    assert calls[2].endswith("a clone/.venv")
+    assert done.returncode == 7, "a venv that could not be made stops the script"
+    assert not (script.parent / ".venv" / ".glasstune-installed").exists()
+
+
+def test_no_apt_says_what_is_missing(tmp_path: Path) -> None:
+    script, env = fake_machine(tmp_path, user=0, apt=False)
+    done = call(script, "demo", env=env)
+    assert done.returncode == 1
+    assert "Python 3.11 or later with its venv module" in done.stderr
+
+
+def test_old_python_is_not_taken(tmp_path: Path) -> None:
+    script, env = fake_machine(tmp_path, user=1000)
+    (tmp_path / "bin" / "python3").write_text("#!/bin/sh\nexit 1\n")
+    done = call(script, "demo", env=env)
+    assert done.returncode == 1
+    assert "python3 python3-venv" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["run", ".ci/run"])
+def test_scripts_are_executable_and_parse(name: str) -> None:
+    path = ROOT / name
+    assert os.access(path, os.X_OK)
+    shell = "bash" if name.startswith(".ci") else "sh"
+    assert subprocess.run([shell, "-n", str(path)], capture_output=True).returncode == 0
+
+
+def test_ci_calls_the_tests_with_the_data_beside_the_clone(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    (clone / ".ci").mkdir(parents=True)
+    (tmp_path / "shared" / "data").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", clone / ".ci")
+    (clone / "run").write_text(
+        '#!/bin/sh\necho "$1 $GLASSTUNE_REQUIRE $GLASSTUNE_TEST_DATA"; exit 5\n'
+    )
+    (clone / "run").chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(clone / ".ci" / "run")], capture_output=True, text=True, cwd="/"
+    )
+    assert done.returncode == 5, "the exit code of the tests is the script's"
+    assert done.stdout.split() == ["test", "1", str(tmp_path / "shared" / "data")]
