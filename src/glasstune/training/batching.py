@@ -1,0 +1,117 @@
+"""How rows become updates: sizes, counts and the order of micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from glasstune.core.batch import MicroBatch
+from glasstune.core.choices import Choices
+from glasstune.core.config import Config
+from glasstune.data.loader import batches
+from glasstune.data.packing import PackedSet
+
+# Tokens of one forward while the memory plan is not asked. A 2-core CPU gained nothing beyond
+# 2,048; an H100 is full at 8,192.
+TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Updates of a run.
+
+    Args:
+        rows: Packs (or documents) of an epoch.
+        batch: Rows of one update.
+        micro: Rows of one forward.
+        epochs: Passes, possibly with a fraction.
+        max_steps: Upper bound on updates, or -1.
+    """
+
+    rows: int
+    batch: int
+    micro: int
+    epochs: float
+    max_steps: int
+
+    def epoch_rows(self, epoch: int) -> int:
+        """Rows of an epoch; the last one may be a fraction; 0 past the end."""
+        if self.max_steps > 0:
+            return self.rows
+        share = min(1.0, max(0.0, self.epochs - epoch))
+        return math.ceil(share * self.rows - 1e-9)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Updates of a whole epoch; the last one may be short."""
+        return math.ceil(self.rows / self.batch)
+
+    @property
+    def total(self) -> int:
+        """Updates of the run."""
+        if self.max_steps > 0:
+            return self.max_steps
+        whole = int(self.epochs)
+        return whole * self.updates_per_epoch + math.ceil(self.epoch_rows(whole) / self.batch)
+
+    def micro_sizes(self, rows: int) -> list[int]:
+        """Splits the rows of one update into forwards."""
+        sizes = [self.micro] * (rows // self.micro)
+        return sizes + [rows % self.micro] if rows % self.micro else sizes
+
+    def update_sizes(self, epoch: int, position: int) -> list[int]:
+        """Rows of each update left in an epoch from a position on."""
+        left = self.epoch_rows(epoch) - position
+        sizes = [self.batch] * (left // self.batch)
+        return sizes + [left % self.batch] if left % self.batch else sizes
+
+
+def make_schedule(config: Config, data: PackedSet, device: str, choices: Choices) -> Schedule:
+    """Resolves batch sizes; `auto` ones are chosen and recorded."""
+    training = config.training
+    batch = training.train_batch_size
+    micro = training.per_device_train_batch_size
+    if micro == "auto" and isinstance(training.gradient_accumulation_steps, int):
+        micro = math.ceil(batch / training.gradient_accumulation_steps)
+    elif micro == "auto":
+        fitting = max(1, TOKENS_PER_FORWARD[device] // data.max_length)
+        micro = max(size for size in range(1, min(batch, fitting) + 1) if batch % size == 0)
+        choices.record(
+            "training.per_device_train_batch_size",
+            micro,
+            f"about {TOKENS_PER_FORWARD[device]:,} tokens a forward on {device} and a divisor of "
+            f"train_batch_size {batch}; any split gives the same update",
+        )
+    return Schedule(data.rows, batch, micro, training.num_train_epochs, training.max_steps)
+
+
+@dataclass(frozen=True)
+class Update:
+    """The rows of one update.
+
+    Args:
+        epoch: 0-based epoch.
+        position: Position in the epoch after this update.
+        micro_batches: In order.
+    """
+
+    epoch: int
+    position: int
+    micro_batches: Sequence[MicroBatch]
+
+
+def updates(
+    schedule: Schedule, data: PackedSet, seed: int, epoch: int, position: int, workers: int,
+    pad_id: int,
+) -> Iterator[Update]:
+    """Yields updates from (epoch, position) on, across epoch borders, until rows run out."""
+    while schedule.epoch_rows(epoch) > 0:
+        sizes = schedule.update_sizes(epoch, position)
+        micro = [size for update in sizes for size in schedule.micro_sizes(update)]
+        stream = batches(data, seed, epoch, position, micro, workers, pad_id)
+        for size in sizes:
+            group = [next(stream) for _ in schedule.micro_sizes(size)]
+            position += size
+            yield Update(epoch, position, group)
+        epoch, position = epoch + 1, 0

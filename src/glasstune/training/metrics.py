@@ -1,0 +1,96 @@
+"""`metrics.jsonl`: one object an event, appended and never rewritten except on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glasstune.core.files import disk_full_named, dump_json, write_text_atomic
+from glasstune.core.protocols import MetricsWriter
+
+FILE = "metrics.jsonl"
+SUPERSEDED = "metrics.superseded.jsonl"
+
+
+class MetricsLog:
+    """Appends events to the run's file and passes them to other writers.
+
+    Args:
+        folder: The run folder.
+        attempt: 1 for the first start, one more for each resume.
+        writers: Further sinks.
+    """
+
+    def __init__(self, folder: Path, attempt: int, writers: Sequence[MetricsWriter] = ()) -> None:
+        self.path = folder / FILE
+        self.attempt = attempt
+        self.writers = tuple(writers)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Writes one event; visible to readers at once.
+
+        Raises:
+            RunError: The disk is full.
+        """
+        full = {**event, "attempt": self.attempt}
+        with disk_full_named(self.path):
+            self._file.write(dump_json(full) + "\n")
+            self._file.flush()
+        for writer in self.writers:
+            writer.write(full)
+
+    def sync(self) -> None:
+        """Flushes to the disk, so that a checkpoint is never newer than its metrics."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file and the writers."""
+        self._file.close()
+        for writer in self.writers:
+            writer.close()
+
+
+def supersede(folder: Path, step: int) -> int:
+    """Moves the rows past a checkpoint to `metrics.superseded.jsonl`.
+
+    A half-written last line, as a kill leaves it, is dropped.
+
+    Args:
+        folder: The run folder.
+        step: The checkpoint's update; rows up to it stay.
+
+    Returns:
+        Number of rows moved.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return 0
+    kept: list[str] = []
+    moved: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        (kept if row.get("step", 0) <= step else moved).append(line)
+    if moved:
+        with (folder / SUPERSEDED).open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in moved)
+    write_text_atomic(path, "".join(line + "\n" for line in kept))
+    return len(moved)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of the run so far: allocated bytes on a GPU, resident bytes of the process else."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
