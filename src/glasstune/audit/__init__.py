@@ -1,0 +1,1 @@
+"""Which tensors learn, and why not: takes any `nn.Module`, knows no trainer."""
