@@ -294,7 +294,8 @@ class _Sampler(LogitsProcessor):
         if self.top_p < 1:
             ordered, order = log_p_BV.sort(dim=-1, descending=True)
             before = ordered.exp().cumsum(dim=-1) - ordered.exp()
-            outside = (before >= self.top_p).scatter(-1, order, before >= self.top_p)
+            outside = torch.zeros_like(before, dtype=torch.bool)
+            outside.scatter_(-1, order, before >= self.top_p)
             log_p_BV = log_p_BV.masked_fill(outside, float("-inf"))
         uniform = torch.stack([torch.rand(scores.shape[-1], generator=g) for g in self.generators])
         # rand may give 0: then the noise would be -inf, which only rules out one token of many.
