@@ -62,3 +62,14 @@ class EvaluateRecord(Record):
     tokens: int
     metrics: dict[str, Any] = field(default_factory=dict)
     by_source: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class DryRunRecord(Record):
+    """Result of `train --dry-run`: what would be trained, and how."""
+
+    ok: bool
+    updates: int
+    data: DataRecord
+    choices: list[dict[str, Any]]
+    config: str

@@ -60,6 +60,7 @@ class LoopState:
         stale: Evaluations since the best.
         seconds: Time spent in earlier attempts and this one.
         attempt: Number of starts.
+        total: Updates that the run is planned for.
     """
 
     step: int = 0
@@ -75,6 +76,7 @@ class LoopState:
     stale: int = 0
     seconds: float = 0.0
     attempt: int = 1
+    total: int = 0
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,17 @@ def rotate(root: Path, limit: int | None, best: int | None) -> list[int]:
         (root / f"step-{step}").rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
     return doomed
+
+
+def set_aside_newer(root: Path, step: int, say: Callable[[str], None]) -> None:
+    """Moves checkpoints past the one resumed from to `superseded/`: they belong to another past."""
+    for newer, path in _folders(root):
+        if newer > step:
+            target = root / "superseded" / path.name
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            path.rename(target)
+            say(f"{path} is newer than the checkpoint resumed from; moved to {target}")
 
 
 def clean_aside(root: Path) -> None:

@@ -1,0 +1,95 @@
+"""Device, the type of the products, and which layers are recomputed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from glasstune.core.choices import Choices
+from glasstune.core.config import Config, ModelConfig
+from glasstune.core.errors import InputError
+from glasstune.core.units import format_bytes
+
+
+def pick_device(wanted: str, choices: Choices) -> str:
+    """Resolves `model.device`.
+
+    Raises:
+        InputError: A GPU is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise InputError(
+            "no_gpu",
+            "model.device is cuda, but torch sees no GPU",
+            where="model.device",
+            fix="install a CUDA build of torch and check nvidia-smi, or set model.device: cpu",
+        )
+    if wanted != "auto":
+        return wanted
+    reason = "torch sees a GPU" if available else "torch sees no GPU"
+    device: str = choices.record("model.device", "cuda" if available else "cpu", reason)
+    return device
+
+
+def autocast_dtype(
+    model: nn.Module, config: ModelConfig, device: torch.device
+) -> torch.dtype | None:
+    """Type of the products under autocast; None where they are plain fp32.
+
+    Args:
+        model: The loaded model; its own floating dtype counts, since loading may have widened
+            float16 on a device that has no float16 products.
+        config: Wanted dtype.
+        device: Where the model lives.
+    """
+    dtype = getattr(model, "dtype", None) or getattr(torch, config.dtype)
+    loaded = getattr(getattr(model, "base_model", model), "glasstune_compute_dtype", dtype)
+    return loaded if loaded in (torch.bfloat16, torch.float16) else None
+
+
+def enable_recompute(model: Any, config: Config, rows: int, choices: Choices) -> None:
+    """Turns on recomputation of every decoder layer where asked, or where memory asks for it.
+
+    Non-reentrant: gradients reach adapters although the embeddings are frozen, and per-term
+    gradients stay possible.
+
+    Args:
+        model: A PEFT model.
+        config: `training.recompute` and `max_memory`; a resolved value is written back.
+        rows: Rows of one forward.
+        choices: Where the decision is noted.
+    """
+    training = config.training
+    if training.recompute == "auto":
+        needed = _activation_bytes(model.config, rows * config.data.max_length)
+        free = _free_bytes(next(model.parameters()).device)
+        fits = needed < free / 2
+        training.recompute = choices.record(
+            "training.recompute",
+            "none" if fits else "full",
+            f"activations of a forward take roughly {format_bytes(needed)}, "
+            f"{format_bytes(free)} are free",
+        )
+    if training.recompute == "full":
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+
+
+def _activation_bytes(config: Any, tokens: int) -> int:
+    """A rough upper bound of what a forward saves: 16 hidden and 6 MLP vectors a layer, fp32."""
+    text = config.get_text_config(decoder=True)
+    hidden = int(text.hidden_size)
+    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    layers = int(text.num_hidden_layers)
+    return 4 * tokens * layers * (16 * hidden + 6 * inner)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,117 @@
+"""Everything of a run that needs no weights: model config, tokenizer, data, terms, schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from glasstune.core.choices import Choices
+from glasstune.core.config import Config
+from glasstune.core.config_load import dump_config
+from glasstune.core.errors import InputError
+from glasstune.core.protocols import Progress
+from glasstune.core.records import DryRunRecord
+
+if TYPE_CHECKING:
+    from glasstune.data.prepare import PreparedData
+    from glasstune.models.resolve import ResolvedModel
+    from glasstune.training.batching import Schedule
+    from glasstune.training.terms import Term
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its weights.
+
+    Args:
+        config: Resolved.
+        choices: What was decided so far.
+        resolved: The base model, found.
+        tokenizer: Its tokenizer.
+        data: Rows, packed.
+        terms: Loss terms.
+        schedule: Sizes and number of updates.
+        pad_id: Padding token id.
+    """
+
+    config: Config
+    choices: Choices
+    resolved: ResolvedModel
+    tokenizer: Any
+    data: PreparedData
+    terms: tuple[Term, ...]
+    schedule: Schedule
+    pad_id: int
+
+    def dry_run_record(self) -> DryRunRecord:
+        """What `--dry-run` reports."""
+        return DryRunRecord(
+            ok=True,
+            updates=self.schedule.total,
+            data=self.data.record,
+            choices=self.choices.to_list(),
+            config=dump_config(self.config),
+        )
+
+
+def prepare(config: Config, choices: Choices, progress: Progress) -> Prepared:
+    """Resolves, reads and checks; the config's `auto` sizes are filled in place.
+
+    Raises:
+        InputError: Model, data, template or a loss term are wrong.
+    """
+    check_supported(config)
+    from glasstune.data.prepare import prepare_data
+    from glasstune.data.tokenizer import load_tokenizer
+    from glasstune.models.facts import model_facts
+    from glasstune.models.resolve import resolve_model
+    from glasstune.training.batching import make_schedule
+    from glasstune.training.precision import pick_device
+    from glasstune.training.terms import resolve_terms
+
+    model = config.model
+    resolved = resolve_model(
+        model.path, trust_remote_code=model.trust_remote_code, choices=choices
+    )
+    tokenizer = load_tokenizer(resolved.folder_or_id, trust_remote_code=model.trust_remote_code)
+    data = prepare_data(
+        config.data,
+        tokenizer,
+        model_facts(resolved.config),
+        seed=config.training.seed,
+        choices=choices,
+        progress=progress,
+    )
+    terms = resolve_terms(config.losses, data.sources)
+    device = pick_device(model.device, choices)
+    schedule = make_schedule(config, data.train, device, choices)
+    config.training.per_device_train_batch_size = schedule.micro
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = choices.record(
+            "pad_token_id", tokenizer.eos_token_id or 0, "no pad token; padding is masked by position"
+        )
+    return Prepared(config, choices, resolved, tokenizer, data, terms, schedule, int(pad_id))
+
+
+def check_supported(config: Config) -> None:
+    """Refuses what is not built yet, by name, before anything is loaded.
+
+    Raises:
+        InputError: Names the key.
+    """
+    training = config.training
+    waiting = {
+        "training.recompute": training.recompute == "offload",
+        "training.compute": training.compute == "fp8",
+        "training.compile": training.compile is True,
+        "training.distributed.strategy": training.distributed.strategy != "auto",
+    }
+    for key, asked in waiting.items():
+        if asked:
+            raise InputError(
+                "not_built",
+                "this setting is planned and not built yet",
+                where=key,
+                fix="leave it at its default",
+            )

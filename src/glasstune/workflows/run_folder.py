@@ -1,0 +1,143 @@
+"""The run folder: where it is, when it may be written, and what it records of a run."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from glasstune.core.choices import Choices
+from glasstune.core.config import Config
+from glasstune.core.config_load import dump_config
+from glasstune.core.errors import InputError
+from glasstune.core.files import write_json_atomic, write_text_atomic
+
+# What a run writes; `--overwrite` removes these and nothing else.
+OWN_FILES = (
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "metrics.superseded.jsonl",
+    "audit.jsonl",
+    "report.html",
+)
+OWN_FOLDERS = ("adapter", "checkpoints", "tensorboard")
+
+# Keys that may differ on resume: they change no number, or only the schedule's length.
+FREE_ON_RESUME = re.compile(
+    r"audit\.|data\.num_workers$|data\.(sources|validation)\.\d+\.path$|model\.path$"
+    r"|training\.(output_dir|logging_steps|save_|eval_|report_to|run_name|num_train_epochs"
+    r"|max_steps|load_best|metric_for_best|early_stopping|max_memory|distributed)"
+)
+
+PACKAGES = (
+    "glasstune", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "datasets",
+    "tokenizers", "numpy",
+)  # fmt: skip
+
+
+def output_folder(config: Config, choices: Choices) -> Path:
+    """Returns `training.output_dir`, or runs/<model>-<data> where it is not set."""
+    if config.training.output_dir is None:
+        model = Path(config.model.path).stem if config.model.path.endswith(".gguf") else Path(
+            config.model.path.rstrip("/")
+        ).name
+        first = config.data.sources[0]
+        data = first.name or Path(first.path).stem
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model}-{data}").strip("-").lower() or "run"
+        config.training.output_dir = choices.record(
+            "training.output_dir", f"runs/{name}", "named after model and data"
+        )
+    return Path(str(config.training.output_dir))
+
+
+def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Makes the folder ready, or refuses to touch a run that is there.
+
+    Raises:
+        InputError: It holds a run and neither way was named, both were, it is a file, or there
+            is nothing to resume.
+    """
+    if resume and overwrite:
+        raise InputError(
+            "resume_and_overwrite",
+            "--resume and --overwrite exclude each other",
+            fix="keep one of them",
+        )
+    if folder.exists() and not folder.is_dir():
+        raise InputError(
+            "output_is_file",
+            "training.output_dir is a file",
+            where=str(folder),
+            fix="name a folder",
+        )
+    holds_run = any((folder / name).exists() for name in (*OWN_FILES, *OWN_FOLDERS))
+    if resume and not holds_run:
+        raise InputError(
+            "nothing_to_resume",
+            "there is no run in this folder",
+            where=str(folder),
+            fix="check training.output_dir, or start without --resume",
+        )
+    if holds_run and not resume and not overwrite:
+        raise InputError(
+            "output_exists",
+            "this folder already holds a run",
+            where=str(folder),
+            fix="--resume goes on with it, --overwrite starts anew, "
+            "training.output_dir=... writes elsewhere",
+        )
+    if overwrite:
+        for name in OWN_FILES:
+            (folder / name).unlink(missing_ok=True)
+        for name in OWN_FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Flattens nested mappings and lists to dotted keys."""
+    if isinstance(value, dict):
+        items: list[tuple[str, Any]] = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, list):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return {prefix: value}
+    result: dict[str, Any] = {}
+    for key, item in items:
+        result.update(flat(item, f"{prefix}.{key}" if prefix else key))
+    return result
+
+
+def binding_config(config: Config) -> dict[str, Any]:
+    """The flat config without what may change on resume."""
+    every = flat(config.model_dump(mode="json", by_alias=True))
+    return {key: value for key, value in every.items() if not FREE_ON_RESUME.match(key)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every package that can change a number."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_start(
+    folder: Path, config: Config, choices: Choices, extra: dict[str, Any]
+) -> None:
+    """Writes `config.yaml` (resolved) and `run.json`."""
+    write_text_atomic(folder / "config.yaml", dump_config(config))
+    write_run(folder, choices, extra)
+
+
+def write_run(folder: Path, choices: Choices, extra: dict[str, Any]) -> None:
+    """Writes `run.json`: versions, device, choices with reasons, the adapter's checkpoint."""
+    record = {"versions": versions(), **extra, "choices": choices.to_list()}
+    write_json_atomic(folder / "run.json", record)

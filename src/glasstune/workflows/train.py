@@ -1,0 +1,299 @@
+"""`glasstune train`: config in, run folder and record out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glasstune.core.choices import Choices
+from glasstune.core.config import Config
+from glasstune.core.errors import RunError, StoppedBySignal
+from glasstune.core.findings import Finding
+from glasstune.core.protocols import Progress, StepHook
+from glasstune.core.records import DryRunRecord, TrainRecord
+from glasstune.workflows import run_folder
+from glasstune.workflows.prepare_run import Prepared, prepare
+
+if TYPE_CHECKING:
+    from glasstune.training.checkpoint import Identity, LoopState
+    from glasstune.training.loop import Outcome, Run
+    from glasstune.training.step import AdaptedModel
+
+
+def train(
+    config: Config,
+    *,
+    resume: str | bool | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    notes: Sequence[str] = (),
+) -> TrainRecord | DryRunRecord:
+    """Trains an adapter.
+
+    Args:
+        config: The whole configuration; resolved in place.
+        resume: True for the newest complete checkpoint, or `step-N`.
+        overwrite: Whether a run in the output folder is replaced.
+        dry_run: Only checks data and resolves the config; no weights are read.
+        progress: Bars and log; None draws them on a terminal.
+        notes: Translations of foreign names, recorded in `run.json`.
+
+    Returns:
+        The train record, or the dry run's.
+
+    Raises:
+        InputError: Config, data, model or folder are wrong; nothing was trained.
+        RunError: A gate refused, a number was not finite, the disk was full.
+        StoppedBySignal: SIGINT or SIGTERM; a checkpoint was saved.
+    """
+    if progress is None:
+        from glasstune.reports.terminal import RichProgress
+
+        progress = RichProgress()
+    started = time.monotonic()
+    choices = Choices()
+    folder = run_folder.output_folder(config, choices)
+    if not dry_run:
+        run_folder.claim_folder(folder, bool(resume), overwrite)
+    prepared = prepare(config, choices, progress)
+    if dry_run:
+        return prepared.dry_run_record()
+    session = _Session(config, folder, choices, prepared, progress, list(notes))
+    run, state = session.open(resume)
+    return session.close(run, _loop(run, state), started)
+
+
+def _loop(run: Run, state: LoopState) -> Outcome:
+    from glasstune.training.loop import Loop
+
+    return Loop(run, state).execute()
+
+
+@dataclass
+class _Session:
+    """One start of a run: builds the parts, restores them, writes what came of it."""
+
+    config: Config
+    folder: Path
+    choices: Choices
+    prepared: Prepared
+    progress: Progress
+    notes: list[str]
+    findings: list[Finding] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def open(self, resume: str | bool | None) -> tuple[Run, LoopState]:
+        """Loads the model, builds optimiser and hooks, restores a checkpoint where asked."""
+        from glasstune.models.load import load_base
+        from glasstune.training.loop import Run
+        from glasstune.training.optimizer import make_optimizer
+
+        adapted = self._adapt(load_base(self.config.model, self.prepared.resolved, self.choices))
+        from glasstune.adapters import trainable
+
+        parameters = trainable(adapted.model)
+        optimizer = make_optimizer(parameters, self.config.training)
+        run = Run(
+            config=self.config,
+            folder=self.folder,
+            adapted=adapted,
+            parameters=parameters,
+            optimizer=optimizer,
+            terms=self.prepared.terms,
+            train=self.prepared.data.train,
+            validation=self.prepared.data.validation,
+            schedule=self.prepared.schedule,
+            pad_id=self.prepared.pad_id,
+            identity=self._identity(adapted, parameters),
+            write_adapter=self._adapter_writer(adapted),
+            progress=self.progress,
+            hooks=self._hooks(adapted),
+            writers=self._writers(),
+        )
+        state = self._restore(run, resume)
+        self.extra.update(
+            device=str(adapted.device),
+            environment=run.identity.environment,
+            notes=self.notes,
+            base=self.prepared.resolved.fingerprint,
+            data=self.prepared.data.record.to_dict(),
+            data_fingerprint=self.prepared.data.fingerprint,
+            updates=run.schedule.total,
+            attempt=state.attempt,
+            adapter_checkpoint=None,
+        )
+        run_folder.write_start(self.folder, self.config, self.choices, self.extra)
+        for choice in self.choices:
+            self.progress.say(f"{choice.name}: {choice.value} ({choice.reason})")
+        return run, state
+
+    def _adapt(self, base: Any) -> AdaptedModel:
+        import torch
+
+        from glasstune.adapters import add_adapter, start_from
+        from glasstune.training.dropout import RowSeeds, seed_adapter_dropout
+        from glasstune.training.precision import autocast_dtype, enable_recompute
+        from glasstune.training.step import AdaptedModel
+
+        torch.manual_seed(self.config.training.seed)
+        if self.config.training.deterministic:
+            torch.use_deterministic_algorithms(True)
+        adapter = self.config.adapter
+        if adapter.path is not None:
+            model = start_from(base, adapter.path)
+            self.choices.record("adapter", adapter.path, "adapter.path: its weights go on")
+        else:
+            model = add_adapter(base, **adapter.lora_options())
+        rows = RowSeeds()
+        seed_adapter_dropout(model, rows)
+        device = next(model.parameters()).device
+        enable_recompute(model, self.config, self.prepared.schedule.micro, self.choices)
+        head = model.get_output_embeddings()
+        return AdaptedModel(
+            model=model,
+            device=device,
+            autocast=autocast_dtype(model, self.config.model, device),
+            vocabulary=int(head.weight.shape[0]),
+            source_weights=self.prepared.data.loss_weights,
+            seed=self.config.training.seed,
+            rows=rows,
+        )
+
+    def _identity(self, adapted: AdaptedModel, parameters: Any) -> Identity:
+        import torch
+
+        from glasstune.training.checkpoint import Identity
+
+        return Identity(
+            config=run_folder.binding_config(self.config),
+            data=self.prepared.data.fingerprint,
+            base=self.prepared.resolved.fingerprint,
+            parameters={name: list(value.shape) for name, value in parameters.items()},
+            environment={
+                **run_folder.versions(),
+                "device": torch.cuda.get_device_name(adapted.device)
+                if adapted.device.type == "cuda"
+                else "cpu",
+                "threads": torch.get_num_threads(),
+                "instruction_set": torch.backends.cpu.get_cpu_capability(),
+            },
+        )
+
+    def _adapter_writer(self, adapted: AdaptedModel) -> Any:
+        from glasstune.adapters import save_adapter, verify_saved
+
+        def write(target: Path) -> None:
+            save_adapter(adapted.model, target, self.prepared.resolved.path)
+            verify_saved(adapted.model, target)
+            self.prepared.data.template.save(target)
+
+        return write
+
+    def _hooks(self, adapted: AdaptedModel) -> list[StepHook]:
+        from glasstune.audit.gate import FirstStepGate
+
+        audit = self.config.audit
+        if audit.first_step_gate == "off":
+            return []
+        return [FirstStepGate(adapted.model, audit.first_step_gate, audit.gate_allow)]
+
+    def _writers(self) -> list[Any]:
+        from glasstune.reports.metrics import make_writers
+
+        training = self.config.training
+        return make_writers(training.report_to, self.folder, training.run_name)
+
+    def _restore(self, run: Run, resume: str | bool | None) -> LoopState:
+        from glasstune.training import checkpoint
+        from glasstune.training.metrics import supersede
+
+        checkpoint.clean_aside(run.checkpoints)
+        if not resume:
+            return checkpoint.LoopState(total=run.schedule.total)
+        which = resume if isinstance(resume, str) else None
+        folder = checkpoint.find_checkpoint(run.checkpoints, which, self.progress.say)
+        if folder is None:
+            supersede(self.folder, -1)
+            self.choices.record(
+                "resume", "start", "the run was stopped before its first complete checkpoint"
+            )
+            return checkpoint.LoopState(total=run.schedule.total)
+        state, saved = checkpoint.read_state(folder)
+        for difference in checkpoint.check_identity(saved, run.identity, folder):
+            finding = Finding(
+                "resume_environment",
+                "warning",
+                str(folder),
+                f"the machine differs ({difference}): weights will agree closely, not bit for bit",
+            )
+            self.findings.append(finding)
+            self.progress.say(f"warning: {finding.message}")
+        checkpoint.restore(folder, run.adapted.model, run.optimizer)
+        checkpoint.set_aside_newer(run.checkpoints, state.step, self.progress.say)
+        supersede(self.folder, state.step)
+        state.attempt += 1
+        self.choices.record("resume", folder.name, f"goes on after update {state.step}")
+        if state.total != run.schedule.total:
+            self.choices.record(
+                "schedule",
+                run.schedule.total,
+                f"planned for {state.total} updates before; the learning rate follows the new "
+                "schedule from here on",
+            )
+            state.total = run.schedule.total
+        return state
+
+    def close(self, run: Run, outcome: Outcome, started: float) -> TrainRecord:
+        """Publishes the adapter and builds the record.
+
+        Raises:
+            StoppedBySignal: The loop was interrupted; its checkpoint is the place to go on from.
+        """
+        from glasstune.adapters import verify_saved
+        from glasstune.training.checkpoint import publish_adapter
+        from glasstune.training.loop import load_best
+        from glasstune.training.metrics import peak_memory_bytes
+
+        state = outcome.state
+        if outcome.stopped_by == "signal":
+            raise StoppedBySignal(
+                "stopped_by_signal",
+                f"stopped after update {state.step} of {run.schedule.total}",
+                where=str(self.folder),
+                fix="the same command with --resume goes on from here",
+            )
+        if state.step == 0:
+            raise RunError(
+                "nothing_trained",
+                f"no update had a trained token ({state.skipped} were skipped)",
+                fix="look at the data with glasstune data",
+            )
+        step, source = load_best(run, state)
+        adapter = self.folder / "adapter"
+        publish_adapter(source, adapter)
+        verify_saved(run.adapted.model, adapter)
+        reason = (
+            "lowest held-out loss" if step == state.best_step else "the last update"
+        )
+        self.extra["adapter_checkpoint"] = self.choices.record(
+            "adapter_checkpoint", f"step-{step}", reason
+        )
+        run_folder.write_run(self.folder, self.choices, self.extra)
+        return TrainRecord(
+            ok=True,
+            stopped_by=outcome.stopped_by,
+            updates=state.step,
+            eval_loss_before=state.loss_before,
+            eval_loss_after=state.best_loss if step == state.best_step else state.last_loss,
+            best_step=state.best_step,
+            seconds=round(time.monotonic() - started, 3),
+            trained_tokens=state.trained_tokens,
+            peak_memory_bytes=peak_memory_bytes(run.adapted.device),
+            adapter=str(adapter),
+            resumable=True,
+            findings=[*self.prepared.data.record.findings, *self.findings, *outcome.findings],
+        )
