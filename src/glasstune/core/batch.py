@@ -43,7 +43,7 @@ class Document:
 
     @property
     def trained_tokens(self) -> int:
-        """Number of labels that reach the loss (the first position predicts, is never predicted)."""
+        """Number of labels that reach the loss (the first position is never predicted)."""
         return int((self.labels[1:] != IGNORED).sum())
 
 

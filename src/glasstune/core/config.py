@@ -5,9 +5,13 @@ Loading from YAML, overrides, foreign names and messages live in `config_load.py
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.json_schema import SkipJsonSchema
+
+Count = Annotated[int, Field(ge=1)]
+"""A whole number of at least 1, inside a union."""
 
 
 class Section(BaseModel):
@@ -82,6 +86,15 @@ class SourceConfig(Section):
     """How often the rows appear in an epoch; 0.5 takes a fixed half."""
     loss_weight: float = Field(1.0, ge=0)
     """Weight of its tokens in the loss (a weighted mean)."""
+    rows: SkipJsonSchema[list[Any] | None] = Field(None, exclude=True, repr=False)
+    """Rows given from Python (a list of dicts as `path`); never written to a config file."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_as_path(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("path"), list):
+            return {**value, "path": "<rows>", "rows": value["path"]}
+        return value
 
 
 class DataConfig(Section):
@@ -116,10 +129,9 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _one_validation(self) -> DataConfig:
-        if self.validation and "validation_split" in self.model_fields_set and self.validation_split:
-            raise ValueError(
-                "validation and validation_split exclude each other: keep one of them"
-            )
+        share_given = "validation_split" in self.model_fields_set and self.validation_split
+        if self.validation and share_given:
+            raise ValueError("validation and validation_split exclude each other: keep one of them")
         return self
 
 
@@ -174,13 +186,13 @@ class TrainingConfig(Section):
     """Run folder; null = runs/<model>-<data>."""
     num_train_epochs: float = Field(3, gt=0)
     """Passes over the data."""
-    max_steps: int = -1
+    max_steps: int = Field(-1, ge=-1)
     """Number of updates; -1 = from the epochs."""
     train_batch_size: int = Field(16, ge=1)
     """Rows (packs) in one update over all devices."""
-    per_device_train_batch_size: int | Literal["auto"] = "auto"
+    per_device_train_batch_size: Count | Literal["auto"] = "auto"
     """Rows in one forward on one device."""
-    gradient_accumulation_steps: int | Literal["auto"] = "auto"
+    gradient_accumulation_steps: Count | Literal["auto"] = "auto"
     """Forwards in one update; follows from the other two."""
     learning_rate: float = Field(2.0e-4, ge=0)
     """Peak learning rate."""
@@ -200,17 +212,17 @@ class TrainingConfig(Section):
     """Gradient norm is clipped to this; 0 = no clipping."""
     optim: Literal["adamw_torch", "adamw_8bit"] = "adamw_torch"
     """Optimiser; its state is fp32, or 8 bit by bitsandbytes."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     """Seed of data order, adapter init and dropout."""
     deterministic: bool = False
     """Deterministic kernels only (slower on a GPU)."""
     save_strategy: Literal["steps", "epoch"] = "steps"
     """When checkpoints are written."""
-    save_steps: int | Literal["auto"] = "auto"
+    save_steps: Count | Literal["auto"] = "auto"
     """Updates between checkpoints; auto = every ten minutes and at each epoch's end."""
     save_total_limit: int | None = Field(2, ge=1)
     """Checkpoints kept beside the best; the newest and the best are never deleted."""
-    eval_steps: int | Literal["auto"] = "auto"
+    eval_steps: Count | Literal["auto"] = "auto"
     """Updates between evaluations; auto = at least five in a run."""
     eval_on_start: bool = True
     """Whether held-out loss is measured before the first update."""

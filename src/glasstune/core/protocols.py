@@ -44,7 +44,7 @@ class StepHook(Protocol):
     def before_backward(
         self, step: int, terms: Mapping[str, tuple[float, Tensor]], batch: MicroBatch
     ) -> None:
-        """Per micro-batch. `terms` maps a name to (weight / count of the update, sum with graph)."""
+        """Per micro-batch. `terms`: name to (weight / count of the update, sum with graph)."""
 
     def after_backward(self, step: int, model: Module, optimizer: Optimizer) -> None:
         """All gradients of the update are in `.grad`, not clipped yet."""
