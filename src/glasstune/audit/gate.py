@@ -134,9 +134,7 @@ class FirstStepGate:
                 return partner
         return None
 
-    def after_update(
-        self, step: int, model: nn.Module, learning_rate: float
-    ) -> Sequence[Finding]:
+    def after_update(self, step: int, model: nn.Module, learning_rate: float) -> Sequence[Finding]:
         """Judges; returns nothing while all is well."""
         if self.done or not self.terms:
             return ()

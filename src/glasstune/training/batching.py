@@ -58,13 +58,13 @@ class Schedule:
     def micro_sizes(self, rows: int) -> list[int]:
         """Splits the rows of one update into forwards."""
         sizes = [self.micro] * (rows // self.micro)
-        return sizes + [rows % self.micro] if rows % self.micro else sizes
+        return [*sizes, rows % self.micro] if rows % self.micro else sizes
 
     def update_sizes(self, epoch: int, position: int) -> list[int]:
         """Rows of each update left in an epoch from a position on."""
         left = self.epoch_rows(epoch) - position
         sizes = [self.batch] * (left // self.batch)
-        return sizes + [left % self.batch] if left % self.batch else sizes
+        return [*sizes, left % self.batch] if left % self.batch else sizes
 
 
 def make_schedule(config: Config, data: PackedSet, device: str, choices: Choices) -> Schedule:
@@ -102,7 +102,12 @@ class Update:
 
 
 def updates(
-    schedule: Schedule, data: PackedSet, seed: int, epoch: int, position: int, workers: int,
+    schedule: Schedule,
+    data: PackedSet,
+    seed: int,
+    epoch: int,
+    position: int,
+    workers: int,
     pad_id: int,
 ) -> Iterator[Update]:
     """Yields updates from (epoch, position) on, across epoch borders, until rows run out."""

@@ -332,9 +332,7 @@ class Loop:
         )
         self._last_save = time.monotonic()
         self.metrics.write({"event": "save", "step": state.step, "epoch": self._epoch()})
-        checkpoints.rotate(
-            run.checkpoints, run.config.training.save_total_limit, state.best_step
-        )
+        checkpoints.rotate(run.checkpoints, run.config.training.save_total_limit, state.best_step)
 
 
 class _SignalHook:

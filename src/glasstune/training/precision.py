@@ -75,9 +75,7 @@ def enable_recompute(model: Any, config: Config, rows: int, choices: Choices) ->
             f"{format_bytes(free)} are free",
         )
     if training.recompute == "full":
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _activation_bytes(config: Any, tokens: int) -> int:

@@ -128,7 +128,11 @@ class UpdateResult:
 
 
 def update_counts(
-    adapted: AdaptedModel, terms: Sequence[Term], batches: Sequence[MicroBatch], step: int, epoch: int
+    adapted: AdaptedModel,
+    terms: Sequence[Term],
+    batches: Sequence[MicroBatch],
+    step: int,
+    epoch: int,
 ) -> dict[str, float] | None:
     """Counts of each term over the whole update, known before the first backward.
 
@@ -238,8 +242,9 @@ def check_finite(
     for (index, name, _), value in zip(sums, values, strict=True):
         if value == value and abs(value) != float("inf"):
             continue
-        guilty = guilty_documents(adapted, [t for t in terms if t.name == name], batches[index],
-                                  step, epoch)
+        guilty = guilty_documents(
+            adapted, [t for t in terms if t.name == name], batches[index], step, epoch
+        )
         origins = ", ".join(document.origin or "?" for document in guilty[:8])
         more = f" and {len(guilty) - 8} more" if len(guilty) > 8 else ""
         everywhere = len(guilty) == len(batches[index].documents)
@@ -247,10 +252,12 @@ def check_finite(
             "non_finite_loss",
             f"loss term {name!r} is {value} at step {step}; rows: {origins}{more}",
             where=f"step {step}",
-            fix="every row of the batch gives it, so look at the learning rate and the precision "
-            "(the last good checkpoint is kept)"
-            if everywhere
-            else "look at these rows, or lower the learning rate (the last good checkpoint is kept)",
+            fix=(
+                "every row of the batch gives it: look at the learning rate and the precision"
+                if everywhere
+                else "look at these rows, or lower the learning rate"
+            )
+            + " (the last good checkpoint is kept)",
         )
 
 

@@ -210,8 +210,9 @@ def load_function(spec: str, where: str, base_folder: Path) -> UserLoss:
     if not path_text or not path.is_file():
         raise InputError(
             "loss_file_missing",
-            f"{spec!r} names no Python file ({path} not found)" if path_text else
-            f"{spec!r} has no file before the colon",
+            f"{spec!r} names no Python file ({path} not found)"
+            if path_text
+            else f"{spec!r} has no file before the colon",
             where=f"{where}.function",
             fix="write it as my_file.py:my_loss",
         )

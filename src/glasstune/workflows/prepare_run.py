@@ -70,9 +70,7 @@ def prepare(config: Config, choices: Choices, progress: Progress) -> Prepared:
     from glasstune.training.terms import resolve_terms
 
     model = config.model
-    resolved = resolve_model(
-        model.path, trust_remote_code=model.trust_remote_code, choices=choices
-    )
+    resolved = resolve_model(model.path, trust_remote_code=model.trust_remote_code, choices=choices)
     tokenizer = load_tokenizer(resolved.folder_or_id, trust_remote_code=model.trust_remote_code)
     data = prepare_data(
         config.data,
@@ -89,7 +87,7 @@ def prepare(config: Config, choices: Choices, progress: Progress) -> Prepared:
     pad_id = tokenizer.pad_token_id
     if pad_id is None:
         pad_id = choices.record(
-            "pad_token_id", tokenizer.eos_token_id or 0, "no pad token; padding is masked by position"
+            "pad_token_id", tokenizer.eos_token_id or 0, "no pad token; any id under the mask"
         )
     return Prepared(config, choices, resolved, tokenizer, data, terms, schedule, int(pad_id))
 

@@ -29,7 +29,7 @@ OWN_FOLDERS = ("adapter", "checkpoints", "tensorboard")
 # Keys that may differ on resume: they change no number, or only the schedule's length.
 FREE_ON_RESUME = re.compile(
     r"audit\.|data\.num_workers$|data\.(sources|validation)\.\d+\.path$|model\.path$"
-    r"|training\.(output_dir|logging_steps|save_|eval_|report_to|run_name|num_train_epochs"
+    r"|training\.(output_dir|recompute|logging_steps|save_|eval_|report_to|run_name|num_train_epochs"
     r"|max_steps|load_best|metric_for_best|early_stopping|max_memory|distributed)"
 )
 
@@ -42,9 +42,11 @@ PACKAGES = (
 def output_folder(config: Config, choices: Choices) -> Path:
     """Returns `training.output_dir`, or runs/<model>-<data> where it is not set."""
     if config.training.output_dir is None:
-        model = Path(config.model.path).stem if config.model.path.endswith(".gguf") else Path(
-            config.model.path.rstrip("/")
-        ).name
+        model = (
+            Path(config.model.path).stem
+            if config.model.path.endswith(".gguf")
+            else Path(config.model.path.rstrip("/")).name
+        )
         first = config.data.sources[0]
         data = first.name or Path(first.path).stem
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model}-{data}").strip("-").lower() or "run"
@@ -129,9 +131,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_start(
-    folder: Path, config: Config, choices: Choices, extra: dict[str, Any]
-) -> None:
+def write_start(folder: Path, config: Config, choices: Choices, extra: dict[str, Any]) -> None:
     """Writes `config.yaml` (resolved) and `run.json`."""
     write_text_atomic(folder / "config.yaml", dump_config(config))
     write_run(folder, choices, extra)

@@ -276,9 +276,7 @@ class _Session:
         adapter = self.folder / "adapter"
         publish_adapter(source, adapter)
         verify_saved(run.adapted.model, adapter)
-        reason = (
-            "lowest held-out loss" if step == state.best_step else "the last update"
-        )
+        reason = "lowest held-out loss" if step == state.best_step else "the last update"
         self.extra["adapter_checkpoint"] = self.choices.record(
             "adapter_checkpoint", f"step-{step}", reason
         )

@@ -1,0 +1,86 @@
+"""Shared fixtures: tiny models, real data where it is, a quiet progress."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny_model
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    kept = [item for item in items if item.get_closest_marker("slow") is None]
+    dropped = [item for item in items if item.get_closest_marker("slow") is not None]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+def missing(what: str) -> None:
+    """Skips, or fails where the CI asks for everything."""
+    if os.environ.get("GLASSTUNE_REQUIRE"):
+        pytest.fail(f"{what} is missing and GLASSTUNE_REQUIRE is set")
+    pytest.skip(f"{what} is missing")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random 2-layer Llama in fp32 and a tokenizer."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def qa_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 short question-answer rows as a JSON array."""
+    path = tmp_path_factory.mktemp("data") / "qa.json"
+    rows = [
+        {
+            "instruction": f"What is {number} plus {number % 7}?",
+            "input": "" if number % 3 else "Answer in words." * (number % 5),
+            "output": f"It is {number + number % 7}." + " Sure." * (number % 6),
+        }
+        for number in range(60)
+    ]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+class QuietProgress:
+    """A progress that only remembers what was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def start(self, task: str, total: int | None, unit: str) -> None: ...
+
+    def advance(self, task: str, amount: int = 1, **fields: float | str) -> None: ...
+
+    def finish(self, task: str) -> None: ...
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture
+def quiet() -> QuietProgress:
+    return QuietProgress()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets (`GLASSTUNE_TEST_DATA`)."""
+    folder = os.environ.get("GLASSTUNE_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        missing("GLASSTUNE_TEST_DATA")
+    return Path(str(folder))

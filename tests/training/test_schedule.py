@@ -1,0 +1,69 @@
+"""Learning rate, update sizes and row dropout: pure functions with hand-worked answers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from glasstune.core.config import TrainingConfig
+from glasstune.training.batching import Schedule
+from glasstune.training.dropout import RowDropout, RowSeeds, mix
+from glasstune.training.schedule import learning_rate
+
+
+def rates(total: int, **options: object) -> list[float]:
+    config = TrainingConfig(learning_rate=1.0, **options)
+    return [learning_rate(config, step, total) for step in range(1, total + 1)]
+
+
+def test_e05_the_first_update_is_never_at_rate_zero() -> None:
+    assert rates(5, warmup_steps=3)[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert all(rate > 0 for rate in rates(100, warmup_steps=0.03))
+
+
+def test_cosine_and_linear_by_hand() -> None:
+    assert rates(4, warmup_steps=0) == pytest.approx(
+        [1.0, 0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0.5 * (1 + math.cos(3 * math.pi / 4))]
+    )
+    assert rates(4, warmup_steps=0, lr_scheduler_type="linear") == [1.0, 0.75, 0.5, 0.25]
+    assert rates(4, warmup_steps=2, lr_scheduler_type="constant_with_warmup") == [0.5, 1, 1, 1]
+    assert rates(3, warmup_steps=2, lr_scheduler_type="constant") == [1, 1, 1]
+
+
+def test_updates_cover_each_row_once_with_a_short_last_one() -> None:
+    schedule = Schedule(rows=21, batch=8, micro=3, epochs=2, max_steps=-1)
+    assert schedule.update_sizes(0, 0) == [8, 8, 5]
+    assert schedule.micro_sizes(8) == [3, 3, 2]
+    assert schedule.total == 6
+    assert schedule.update_sizes(1, 8) == [8, 5]
+
+
+def test_fraction_of_an_epoch_and_max_steps() -> None:
+    assert Schedule(10, 4, 4, 1.5, -1).total == 3 + 2
+    assert Schedule(10, 4, 4, 1.5, -1).update_sizes(1, 0) == [4, 1]
+    assert Schedule(10, 4, 4, 0.25, -1).total == 1
+    assert Schedule(10, 4, 4, 3, 7).total == 7
+
+
+def test_row_dropout_depends_on_the_row_alone() -> None:
+    seeds = RowSeeds(seed=1)
+    layer = RowDropout(0.4, "layer", seeds)
+    x = torch.ones(4, 9, 16)
+    whole = layer(x)
+    seeds.position = 2
+    assert torch.equal(layer(x[2:]), whole[2:])  # another split of the same rows
+    torch.rand(7)  # somebody draws from the global stream
+    assert torch.equal(layer(x[2:]), whole[2:])
+    assert not torch.equal(whole[0], whole[1])
+    kept = (whole != 0).float().mean().item()
+    assert kept == pytest.approx(0.6, abs=0.08)
+    assert set(whole.unique().tolist()) == {0.0, pytest.approx(1 / 0.6)}
+    layer.eval()
+    assert layer(x) is x
+
+
+def test_seeds_are_stable_across_processes() -> None:
+    assert mix(0, 1, 2, "a") == mix(0, 1, 2, "a")
+    assert mix(0, 12, "a") != mix(0, 1, "2a")
