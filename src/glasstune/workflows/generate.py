@@ -1,0 +1,205 @@
+"""`glasstune generate`: prompts in, answers out; from the command line, a file or Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from glasstune.core.choices import Choices
+from glasstune.core.errors import InputError
+from glasstune.core.files import dump_json, write_text_atomic
+from glasstune.core.protocols import Progress
+from glasstune.workflows.open_model import OpenModel, open_model
+
+Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""A text, `{"prompt": text}`, `{"messages": [...], "tools": [...]}`, or the messages themselves."""
+
+Messages = list[dict[str, Any]]
+
+
+def generate(
+    run_or_model: str,
+    prompts: Sequence[Prompt],
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    checkpoint: str | None = None,
+    no_adapter: bool = False,
+    bits: int | None = None,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> list[str]:
+    """Answers prompts with a run's, an adapter's or a plain model.
+
+    Args:
+        run_or_model: Run folder, adapter folder, model folder, GGUF file or hub id.
+        prompts: What to answer.
+        system: System message put before each conversation that has none.
+        max_new_tokens: Longest answer in tokens.
+        temperature: 0 takes the most likely token; else the softness of the draw.
+        top_p: Draws among the most likely tokens that reach this probability together.
+        seed: Of the draws.
+        batch_size: Prompts in one forward; changes no answer beyond rounding.
+        checkpoint: `best`, `last` or `step-N` of a run.
+        no_adapter: Lets the base answer, with the run's template.
+        bits: Precision of the base; None = the run's, or 16.
+        progress: Bars and log.
+        **overrides: `dtype`, `device`, `trust_remote_code`.
+
+    Returns:
+        One answer a prompt, without end token.
+
+    Raises:
+        InputError: A prompt, an option or the model is wrong.
+    """
+    conversations = [_conversation(prompt, system, index) for index, prompt in enumerate(prompts)]
+    opened = open_model(
+        run_or_model, checkpoint=checkpoint, no_adapter=no_adapter, choices=Choices(), bits=bits,
+        **overrides,
+    )  # fmt: skip
+    return generate_opened(
+        opened, conversations, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        seed=seed, batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+
+
+def generate_opened(
+    opened: OpenModel,
+    conversations: Sequence[tuple[Messages, Any]],
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> list[str]:
+    """Answers conversations with a model that is open already.
+
+    Args:
+        opened: The model.
+        conversations: (messages, tools or None).
+        progress: Bars and log.
+        **options: Of `generation.generate_ids`.
+    """
+    from glasstune.generation import generate_texts
+
+    ids = [encode(opened, messages, tools) for messages, tools in conversations]
+    return generate_texts(
+        opened.model, opened.tokenizer, ids, max_positions=opened.facts.max_positions,
+        precision=opened.precision, progress=progress, **options,
+    )  # fmt: skip
+
+
+def encode(opened: OpenModel, messages: Messages, tools: Any = None) -> list[int]:
+    """Ids of a prompt as training made them; as plain text where the model has no template."""
+    template = opened.template()
+    if template is None:
+        opened.choices.record(
+            "chat_template", "none", "the model has no template: the prompt is plain text"
+        )
+        text = "\n".join(str(message["content"]) for message in messages)
+        ids: list[int] = opened.tokenizer(text)["input_ids"]
+        return ids
+    return list(template.render_prompt(messages, tools))
+
+
+def generate_file(
+    run_or_model: str,
+    input: Path,
+    output: Path,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Answers every row of a file and writes the rows with their answers as JSON lines.
+
+    Args:
+        run_or_model: As in `generate`.
+        input: Rows with `prompt` or `messages`.
+        output: Each input row with `answer` added, in the same order.
+        progress: Bars and log.
+        **options: Of `generate`.
+
+    Returns:
+        `{"rows", "output"}`.
+
+    Raises:
+        InputError: A row has neither key, or the output cannot be written there.
+    """
+    if output.resolve() == input.resolve():
+        raise InputError(
+            "same_file", "input and output are one file", where=str(output), fix="name another"
+        )
+    if not output.parent.is_dir():
+        raise InputError(
+            "no_folder", "its folder does not exist", where=str(output), fix="make it first"
+        )
+    rows = read_prompts(input)
+    answers = generate(run_or_model, rows, progress=progress, **options)
+    lines = [
+        dump_json({**row, "answer": answer}) for row, answer in zip(rows, answers, strict=True)
+    ]
+    write_text_atomic(output, "".join(f"{line}\n" for line in lines))
+    return {"rows": len(rows), "output": str(output)}
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Reads the rows of a prompt file (JSON lines, JSON array, CSV, TSV, Parquet).
+
+    Raises:
+        InputError: A row has neither `prompt` nor `messages`; names file, line and its keys.
+    """
+    from glasstune.data.read import BadRow, read_rows
+
+    rows = []
+    for row in read_rows(path):
+        if isinstance(row, BadRow):
+            raise InputError(row.code, row.message, where=row.origin, fix="repair this line")
+        if not isinstance(row.value.get("prompt"), str) and not row.value.get("messages"):
+            raise InputError(
+                "no_prompt",
+                "the row has neither `prompt` (a text) nor `messages` (a list); its keys are "
+                + (", ".join(row.value) or "none"),
+                where=row.origin,
+                fix='write {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}',
+            )
+        rows.append(row.value)
+    return rows
+
+
+def _conversation(prompt: Prompt, system: str | None, index: int) -> tuple[Messages, Any]:
+    """Returns (messages, tools) of any of the prompt's forms.
+
+    Raises:
+        InputError: It is none of them, or already has a system message and `system` is given.
+    """
+    where = f"prompt {index + 1}"
+    tools = None
+    if isinstance(prompt, Mapping):
+        tools = prompt.get("tools")
+        prompt = prompt.get("messages") or prompt.get("prompt") or ""
+    if isinstance(prompt, str):
+        messages: Messages = [{"role": "user", "content": prompt}]
+    else:
+        messages = [dict(message) for message in prompt]
+    if not messages or not all({"role", "content"} <= set(message) for message in messages):
+        raise InputError(
+            "bad_messages",
+            "it is no list of messages with role and content",
+            where=where,
+            fix='write [{"role": "user", "content": "..."}]',
+        )
+    if not str(messages[-1]["content"] or "").strip():
+        raise InputError("empty_prompt", "the prompt is empty", where=where, fix="write a prompt")
+    if system is not None:
+        if messages[0]["role"] == "system":
+            raise InputError(
+                "two_system_messages",
+                "the prompt has a system message of its own, and --system is given",
+                where=where,
+                fix="leave one of them out",
+            )
+        messages.insert(0, {"role": "system", "content": system})
+    return messages, tools
