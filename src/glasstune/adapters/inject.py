@@ -1,0 +1,180 @@
+"""Putting adapters onto a model, fresh or from a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+
+from glasstune.adapters.masters import make_masters_float32
+from glasstune.adapters.options import build_lora_config, linear_names, peft_remarks_unsaid
+from glasstune.adapters.reading import fit_keys, read_adapter_file
+from glasstune.adapters.state import adapter_state, restore_state
+from glasstune.core.errors import InputError, RunError
+
+_BASE_BIASES = "_glasstune_base_biases"
+
+
+def add_adapter(model: PreTrainedModel, **options: Any) -> PeftModel:
+    """Adds a LoRA adapter; everything trained is float32.
+
+    Args:
+        model: A plain transformers model at any precision.
+        **options: `LoraConfig`'s fields; `target_modules` defaults to all-linear.
+
+    Returns:
+        A plain `peft.PeftModel` whose adapter is active and trainable. Seed torch before.
+
+    Raises:
+        InputError: An option that does not exist or does not suit the model.
+    """
+    return _inject(model, build_lora_config(options, model))
+
+
+def start_from(model: PreTrainedModel, folder: Path | str) -> PeftModel:
+    """Adds a saved LoRA adapter and leaves it trainable.
+
+    Args:
+        model: The plain base model.
+        folder: A folder in PEFT's format.
+
+    Raises:
+        InputError: No adapter there, not LoRA, or its tensors do not fit the model: both lists
+            of names are given.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    config.inference_mode = False
+    config.base_model_name_or_path = None  # PEFT writes the name of the model at hand
+    wrapped = _inject(model, config)
+    tensors = read_adapter_file(folder)
+    restore_state(wrapped, fit_keys(tensors, adapter_state(wrapped), folder))
+    return wrapped
+
+
+def load_adapter_for_inference(model: PreTrainedModel, folder: Path | str) -> PeftModel:
+    """Adds a saved adapter frozen and in eval mode.
+
+    Raises:
+        InputError: As `start_from`.
+    """
+    wrapped = start_from(model, folder)
+    wrapped.requires_grad_(False)
+    wrapped.eval()
+    return wrapped
+
+
+def trainable(model: nn.Module) -> dict[str, Parameter]:
+    """Returns name to parameter of all that is trained, in the model's order.
+
+    Raises:
+        RunError: `nothing_to_train`.
+    """
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise RunError(
+            "nothing_to_train",
+            "no parameter of the model needs a gradient",
+            where="adapter",
+            fix="add an adapter, or load it as trainable (`adapters.start_from`)",
+        )
+    return found
+
+
+def keep_activation_dtype(model: nn.Module) -> int:
+    """Stops PEFT from copying activations to float32 for its float32 adapters.
+
+    Call it where the forward runs under autocast, which casts the adapter to the products' type
+    instead; without autocast the types would not fit.
+
+    Returns:
+        How many adapter layers were told.
+    """
+    layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    return len(layers)
+
+
+def adapter_fingerprint(model: PeftModel) -> str:
+    """Returns the SHA-256 over the adapter's options and its tensors' names and shapes."""
+    options = model.peft_config[model.active_adapter].to_dict()
+    for name in ("base_model_name_or_path", "inference_mode", "revision", "peft_version"):
+        options.pop(name, None)
+    shapes = {name: list(tensor.shape) for name, tensor in adapter_state(model).items()}
+    text = json.dumps([_plain(options), shapes], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def base_biases(model: nn.Module) -> Mapping[Parameter, Tensor]:
+    """Returns the base's own biases that are trained, parameter to the value before training."""
+    biases: Mapping[Parameter, Tensor] = getattr(model, _BASE_BIASES, {})
+    return biases
+
+
+def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    own = {id(parameter) for parameter in model.parameters()}
+    try:
+        with peft_remarks_unsaid():
+            wrapped: PeftModel = get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise InputError(
+            "adapter_refused",
+            f"PEFT refuses these options: {error}",
+            where="adapter",
+            fix=f"linear modules of this model: {', '.join(linear_names(model))}",
+        ) from error
+    make_masters_float32(wrapped)
+    biases = {
+        parameter: parameter.detach().clone()
+        for parameter in wrapped.parameters()
+        if parameter.requires_grad and id(parameter) in own
+    }
+    setattr(wrapped, _BASE_BIASES, biases)
+    return wrapped
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(
+            "no_adapter",
+            "the folder has no adapter_config.json",
+            where=str(folder),
+            fix="give a folder that holds a PEFT adapter (a run's adapter/ folder)",
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            "bad_adapter",
+            f"adapter_config.json cannot be read: {error}",
+            where=str(folder),
+            fix="repair the file, or train with the installed PEFT's options",
+        ) from error
+    if not isinstance(config, LoraConfig):
+        raise InputError(
+            "bad_adapter",
+            f"the adapter is of type {config.peft_type}, not LoRA",
+            where=str(folder),
+            fix="give a LoRA adapter",
+        )
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """Turns sets into sorted lists, so that the same options give the same text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

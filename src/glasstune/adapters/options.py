@@ -1,0 +1,154 @@
+"""LoRA options by PEFT's own names, checked against what PEFT knows and what the model has."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft import LoraConfig, TaskType
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from glasstune.core.errors import InputError
+
+ALL_LINEAR = "all-linear"
+
+
+def lora_option_names() -> list[str]:
+    """Returns the names that `LoraConfig` takes."""
+    return [field.name for field in dataclasses.fields(LoraConfig) if field.init]
+
+
+def build_lora_config(options: Mapping[str, Any], model: nn.Module) -> LoraConfig:
+    """Checks LoRA options and makes PEFT's config from them.
+
+    Args:
+        options: Any of `LoraConfig`'s fields. `target_modules` is `all-linear` unless given (or
+            `target_parameters` is), `task_type` CAUSAL_LM.
+        model: The base model, for the names of its modules.
+
+    Returns:
+        The config; every entry of its target lists is known to hit something.
+
+    Raises:
+        InputError: `unknown_key`, `bad_value`, `target_not_found` or `module_not_found`.
+    """
+    options = dict(options)
+    _check_names(options)
+    options.setdefault("task_type", TaskType.CAUSAL_LM)
+    if options.get("target_modules") is None and not options.get("target_parameters"):
+        options["target_modules"] = ALL_LINEAR
+    paths = [path for path, _ in model.named_modules() if path]
+    _check_targets(options.get("target_modules"), paths, model)
+    for key in ("modules_to_save", "exclude_modules"):
+        _check_hits(key, options.get(key), paths, model)
+    try:
+        with peft_remarks_unsaid():
+            config = LoraConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            "bad_value", str(error), where="adapter", fix="see PEFT's LoraConfig"
+        ) from error
+    _check_patterns(config, paths, model)
+    return config
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Returns the last names of all modules that LoRA adapts as linear, each once, in order."""
+    names = [
+        path.rsplit(".", 1)[-1]
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    ]
+    return list(dict.fromkeys(names))
+
+
+@contextmanager
+def peft_remarks_unsaid() -> Iterator[None]:
+    """Hides what PEFT says to its programmers while it injects.
+
+    These are: that it sets `fan_in_fan_out` right by itself, that it calls a name which
+    transformers renamed, and that a tied head may make merging hard (`adapter_findings` says it).
+    """
+    with warnings.catch_warnings():
+        for message in (
+            "fan_in_fan_out is set to",
+            "`is_gradient_checkpointing` is deprecated",
+            "Model has `tie_word_embeddings=True`",
+            "Model with `tie_word_embeddings=True`",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    known = lora_option_names()
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise InputError(
+                "unknown_key",
+                f"LoraConfig has no option {key!r}",
+                where=f"adapter.{key}",
+                fix=f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}",
+            )
+
+
+def _check_targets(target: Any, paths: Sequence[str], model: nn.Module) -> None:
+    if target is None or (isinstance(target, str) and target.lower() == ALL_LINEAR):
+        return
+    if not isinstance(target, str) and not list(target):
+        raise _not_found("target_modules is an empty list", model)
+    _check_hits("target_modules", target, paths, model)
+
+
+def _check_hits(key: str, asked: Any, paths: Sequence[str], model: nn.Module) -> None:
+    """Refuses a regular expression or a list entry that matches no module; PEFT drops it."""
+    if asked is None:
+        return
+    if isinstance(asked, str):
+        try:
+            found = any(re.fullmatch(asked, path) for path in paths)
+        except re.error as error:
+            raise InputError(
+                "bad_value",
+                f"{asked!r} is no regular expression: {error}",
+                where=f"adapter.{key}",
+                fix="a single name belongs into a list: [name]",
+            ) from error
+        if not found:
+            raise _not_found(f"the expression {asked!r} matches no whole module path", model, key)
+        return
+    missing = [name for name in asked if not _hits(name, paths)]
+    if missing:
+        plural = "entries match" if len(missing) > 1 else "entry matches"
+        raise _not_found(f"{plural} no module: {', '.join(map(repr, missing))}", model, key)
+
+
+def _hits(name: str, paths: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for path in paths)
+
+
+def _check_patterns(config: LoraConfig, paths: Sequence[str], model: nn.Module) -> None:
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+                raise _not_found(f"the pattern {pattern!r} matches no module", model, key)
+
+
+def _not_found(says: str, model: nn.Module, key: str = "target_modules") -> InputError:
+    code = "target_not_found" if key == "target_modules" else "module_not_found"
+    quoted = re.findall(r"'([^']+)'", says)
+    near = difflib.get_close_matches(quoted[0], linear_names(model), n=1) if quoted else []
+    hint = f"did you mean {near[0]}? " if near else ""
+    return InputError(
+        code,
+        f"{key}: {says}. Linear modules of this model: {', '.join(linear_names(model))}",
+        where=f"adapter.{key}",
+        fix=f"{hint}use names of that list, or all-linear",
+    )

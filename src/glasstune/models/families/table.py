@@ -1,0 +1,85 @@
+"""What is known of each architecture, by `model_type`. A family stands here when a test proves it.
+
+`packing` names the way documents of one row are kept apart:
+
+- `documents`: one causal product a document (`documents.py`); on other devices than the CPU the
+  4-D mask that transformers makes from restarting positions.
+- `mask`: always that 4-D mask, since the family's attention is not an attention function that
+  can be exchanged, or computes something that `documents.py` does not (a soft cap).
+- `bloom`: `bloom.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Packing = Literal["documents", "mask", "bloom"]
+Positions = Literal["rope", "learned", "alibi"]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Facts of one architecture.
+
+    Args:
+        packing: The proven way to isolate documents.
+        positions: How it encodes positions; `learned` tables end, ALiBi has no limit.
+        attention: Implementation that must be used, or None where sdpa is right.
+    """
+
+    packing: Packing
+    positions: Positions = "rope"
+    attention: str | None = None
+
+
+FAMILIES: dict[str, Family] = {
+    "bloom": Family("bloom", "alibi"),
+    "cohere": Family("documents"),
+    "cohere2": Family("documents"),
+    "exaone4": Family("documents"),
+    "falcon": Family("mask"),
+    "gemma": Family("documents"),
+    "gemma2": Family("mask", attention="eager"),
+    "gemma3_text": Family("documents"),
+    "glm4": Family("documents"),
+    "gpt2": Family("documents", "learned"),
+    "gpt_neox": Family("documents"),
+    "gpt_oss": Family("mask", attention="eager"),
+    "gptj": Family("documents"),
+    "granite": Family("documents"),
+    "llama": Family("documents"),
+    "mistral": Family("documents"),
+    "mixtral": Family("documents"),
+    "olmo": Family("documents"),
+    "olmo2": Family("documents"),
+    "olmo3": Family("documents"),
+    "opt": Family("documents", "learned"),
+    "phi": Family("documents"),
+    "phi3": Family("documents"),
+    "qwen2": Family("documents"),
+    "qwen3": Family("documents"),
+    "qwen3_moe": Family("documents"),
+    "smollm3": Family("documents"),
+    "stablelm": Family("mask"),
+    "starcoder2": Family("documents"),
+}
+
+
+def family_of(config: Any) -> Family | None:
+    """Returns the facts of a config's architecture, or None where nothing is proven.
+
+    A config that contradicts its family's entry (a Falcon with ALiBi, code that came with the
+    checkpoint) counts as unknown.
+    """
+    if getattr(config, "auto_map", None) and not _is_builtin(config):
+        return None
+    family = FAMILIES.get(str(getattr(config, "model_type", "")))
+    if family is not None and family.positions != "alibi" and getattr(config, "alibi", False):
+        return None
+    return family
+
+
+def _is_builtin(config: Any) -> bool:
+    """Whether the config's class is transformers' own, so its modelling code is too."""
+    return type(config).__module__.startswith("transformers.models.")

@@ -1,0 +1,155 @@
+"""Everything that touches bitsandbytes: its config, its 4-bit layers on a CPU, its optimiser."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from glasstune.core.choices import Choices
+from glasstune.core.config import ModelConfig
+from glasstune.core.errors import InputError
+
+_LLM_INT8_ONLY = ("llm_int8_threshold", "llm_int8_has_fp16_weight")
+_WHERE = "model.quantization"
+
+
+def bnb_config(config: ModelConfig, compute_dtype: torch.dtype, choices: Choices) -> Any | None:
+    """Makes transformers' `BitsAndBytesConfig` from `model.bits` and `model.quantization`.
+
+    Defaults at 4 bit: NF4, double quantisation, products in the model's dtype.
+
+    Args:
+        config: The model's part of the configuration.
+        compute_dtype: dtype of the products.
+        choices: Where what was decided is noted.
+
+    Returns:
+        The config, or None at 16 bit and for the 8-bit base of our own (w8a16).
+
+    Raises:
+        InputError: `unknown_key`, `contradiction` or `bad_value` in `model.quantization`.
+    """
+    from transformers import BitsAndBytesConfig
+
+    options = dict(config.quantization)
+    check_quantization_keys(options)
+    _check_bits(options, config.bits)
+    if config.bits == 16 or int8_compute(config, choices) == "w8a16":
+        return None
+    if config.bits == 4:
+        for key, value, reason in (
+            ("bnb_4bit_quant_type", "nf4", "NF4 fits normally distributed weights"),
+            ("bnb_4bit_use_double_quant", True, "double quantisation saves 0.37 bit a weight"),
+            ("bnb_4bit_compute_dtype", compute_dtype, "products in the model's own type"),
+        ):
+            if key not in options:
+                options[key] = value
+                said = value if isinstance(value, bool) else str(value).removeprefix("torch.")
+                choices.record(f"{_WHERE}.{key}", said, reason)
+    if isinstance(options.get("llm_int8_threshold"), int):
+        options["llm_int8_threshold"] = float(options["llm_int8_threshold"])
+    options["load_in_4bit"] = config.bits == 4
+    options["load_in_8bit"] = config.bits == 8
+    if options.get("bnb_4bit_quant_type", "nf4") not in ("nf4", "fp4"):
+        raise InputError(
+            "bad_value",
+            f"bnb_4bit_quant_type is {options['bnb_4bit_quant_type']!r}",
+            where=_WHERE,
+            fix="use nf4 or fp4",
+        )
+    try:
+        return BitsAndBytesConfig(**options)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            "bad_value", str(error), where=_WHERE, fix="see transformers' BitsAndBytesConfig"
+        ) from error
+
+
+def quantization_keys() -> list[str]:
+    """Returns the option names of `BitsAndBytesConfig`."""
+    from transformers import BitsAndBytesConfig
+
+    parameters = inspect.signature(BitsAndBytesConfig.__init__).parameters
+    return [name for name in parameters if name not in ("self", "kwargs")]
+
+
+def check_quantization_keys(options: Mapping[str, Any]) -> None:
+    """Refuses an option that `BitsAndBytesConfig` does not have.
+
+    Raises:
+        InputError: `unknown_key`, with the nearest name.
+    """
+    known = quantization_keys()
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise InputError(
+                "unknown_key",
+                f"BitsAndBytesConfig has no option {key!r}",
+                where=f"{_WHERE}.{key}",
+                fix=f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}",
+            )
+
+
+def _check_bits(options: Mapping[str, Any], bits: int) -> None:
+    for key, means in (("load_in_8bit", 8), ("load_in_4bit", 4)):
+        if key in options and bool(options[key]) != (bits == means):
+            raise InputError(
+                "contradiction",
+                f"{key} is {options[key]} but model.bits is {bits}",
+                where=f"{_WHERE}.{key}",
+                fix=f"set model.bits={means if options[key] else bits} and leave {key} out",
+            )
+    for key in options:
+        needs = 4 if key.startswith("bnb_4bit_") else 8 if key in _LLM_INT8_ONLY else None
+        if needs is not None and bits != needs:
+            raise InputError(
+                "contradiction",
+                f"{key} is for a {needs}-bit base but model.bits is {bits}",
+                where=f"{_WHERE}.{key}",
+                fix=f"set model.bits={needs}, or leave {key} out",
+            )
+
+
+def int8_compute(config: ModelConfig, choices: Choices) -> str:
+    """Returns how an 8-bit base multiplies, `w8a16` or `llm_int8`; other bits give `""`."""
+    if config.bits != 8:
+        return ""
+    asked = [key for key in _LLM_INT8_ONLY if key in config.quantization]
+    if asked and config.int8_compute != "llm_int8":
+        choices.record("model.int8_compute", "llm_int8", f"{asked[0]} is set")
+        return "llm_int8"
+    return config.int8_compute
+
+
+def guard_cpu_4bit(model: nn.Module) -> int:
+    """Forbids bitsandbytes to repack 4-bit weights on a CPU with avx512_bf16.
+
+    There `Linear4bit` turns its weight in place into a format of its inference kernel at the first
+    forward outside training whose input needs no gradient. That kernel has no backward, and the
+    weight read back is another: one evaluation would ruin all training after it.
+
+    Args:
+        model: Any model; layers that are not `Linear4bit` are left alone.
+
+    Returns:
+        How many layers were guarded.
+    """
+    import bitsandbytes
+
+    count = 0
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            count += 1
+    return count
+
+
+def is_packed_weight(parameter: torch.Tensor) -> bool:
+    """Whether a tensor is one of bitsandbytes' packed weights, which have no ordinary dtype."""
+    return type(parameter).__name__ in ("Params4bit", "Int8Params")
