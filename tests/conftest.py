@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from runs import QuietProgress
 from tiny import save_tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,22 +55,6 @@ def qa_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path
-
-
-class QuietProgress:
-    """A progress that only remembers what was said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def start(self, task: str, total: int | None, unit: str) -> None: ...
-
-    def advance(self, task: str, amount: int = 1, **fields: float | str) -> None: ...
-
-    def finish(self, task: str) -> None: ...
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture

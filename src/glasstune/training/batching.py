@@ -83,7 +83,7 @@ def make_schedule(config: Config, data: PackedSet, device: str, choices: Choices
             f"about {TOKENS_PER_FORWARD[device]:,} tokens a forward on {device} and a divisor of "
             f"train_batch_size {batch}; any split gives the same update",
         )
-    return Schedule(data.rows, batch, micro, training.num_train_epochs, training.max_steps)
+    return Schedule(data.rows, batch, int(micro), training.num_train_epochs, training.max_steps)
 
 
 @dataclass(frozen=True)

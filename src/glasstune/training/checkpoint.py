@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from glasstune.adapters import restore_state
+from glasstune.adapters.state import restore_state
 from glasstune.core.errors import InputError, RunError
 from glasstune.core.files import (
     disk_full_named,
@@ -158,7 +158,7 @@ def _size(folder: Path | None) -> int:
 
 def _state_bytes(optimizer: Optimizer) -> int:
     tensors = [value for group in optimizer.param_groups for value in group["params"]]
-    return 3 * sum(value.numel() * value.element_size() for value in tensors)
+    return sum(3 * int(value.numel()) * int(value.element_size()) for value in tensors)
 
 
 def _newest_folder(root: Path) -> Path | None:

@@ -12,7 +12,6 @@ from glasstune.core.protocols import Progress
 from glasstune.data.loader import evaluation_batches
 from glasstune.data.packing import PackedSet
 from glasstune.kernels.linear_cross_entropy import token_losses
-from glasstune.models.head import split_head
 from glasstune.training.step import AdaptedModel
 
 
@@ -49,7 +48,6 @@ def heldout_loss(
     adapted.model.eval()
     progress.start(task, data.rows, "rows")
     total, count = 0.0, 0
-    head = split_head(adapted.model)
     try:
         with torch.random.fork_rng(devices=[], enabled=True):
             for batch in evaluation_batches(data, rows, pad_id):
@@ -58,7 +56,7 @@ def heldout_loss(
                     hidden = adapted.trained_hidden(batch, 0)
                     flat = batch.targets.reshape(-1)
                     targets = torch.from_numpy(flat[flat != IGNORED]).to(adapted.device)
-                    losses, _ = token_losses(hidden, head.logits, targets, adapted.vocabulary)
+                    losses, _ = token_losses(hidden, adapted.head, targets, adapted.vocabulary)
                 total += float(losses.sum(dtype=torch.float64))
                 count += len(targets)
                 progress.advance(task, len(batch.bounds))

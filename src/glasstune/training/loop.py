@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from glasstune.adapters import restore_state
+from glasstune.adapters.state import restore_state
 from glasstune.core.config import Config
 from glasstune.core.errors import RunError
 from glasstune.core.findings import Finding
@@ -77,6 +77,9 @@ class Run:
         return self.folder / "checkpoints"
 
 
+StoppedBy = Literal["done", "signal", "early_stopping"]
+
+
 @dataclass
 class Outcome:
     """How the loop ended.
@@ -87,7 +90,7 @@ class Outcome:
         findings: What gate and hooks said.
     """
 
-    stopped_by: Literal["done", "signal", "early_stopping"]
+    stopped_by: StoppedBy
     state: LoopState
     findings: list[Finding] = field(default_factory=list)
 
@@ -142,7 +145,7 @@ class Loop:
         """
         with self.watch:
             try:
-                stopped_by = self._train()
+                stopped_by: StoppedBy = self._train()
             except Interrupted:
                 self.run.optimizer.zero_grad(set_to_none=True)
                 self._save(force=True)

@@ -12,7 +12,7 @@ import torch
 def random_state() -> dict[str, Any]:
     """Returns the states of Python, NumPy, torch and the GPUs (loadable with weights_only)."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
         "numpy": [

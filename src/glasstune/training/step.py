@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glasstune.adapters import base_only
+from glasstune.adapters.base import base_only
 from glasstune.core.batch import IGNORED, Document, MicroBatch
 from glasstune.core.errors import RunError
 from glasstune.core.protocols import StepHook
-from glasstune.models.families import pack_kwargs
-from glasstune.models.head import split_head
+from glasstune.models.families.install import packing_kwargs
+from glasstune.models.head import HeadSplit
 from glasstune.training.dropout import RowSeeds, mix
 from glasstune.training.terms import LossBatch, Term, term_sums
 
@@ -30,6 +30,7 @@ class AdaptedModel:
 
     Args:
         model: A PEFT model; its trained tensors are fp32.
+        split: The model before and behind its head.
         device: Where it lives.
         autocast: Type of the products, or None where weights and products are fp32.
         vocabulary: Entries of the output head.
@@ -39,6 +40,7 @@ class AdaptedModel:
     """
 
     model: nn.Module
+    split: HeadSplit
     device: torch.device
     autocast: torch.dtype | None
     vocabulary: int
@@ -53,7 +55,10 @@ class AdaptedModel:
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def hidden(self, batch: MicroBatch) -> Tensor:
-        """Runs the backbone; returns its output, float [R, L, d]."""
+        """Runs the backbone; returns its output, float [R, L, d].
+
+        Where the model has no proven split before its head, these are its logits, [R, L, V].
+        """
         inputs: dict[str, Any] = {
             "input_ids": torch.from_numpy(batch.input_ids).to(self.device, non_blocking=True),
             "use_cache": False,
@@ -61,12 +66,17 @@ class AdaptedModel:
         if batch.packed:
             positions = torch.from_numpy(batch.position_ids)
             inputs["position_ids"] = positions.to(self.device, non_blocking=True)
-            inputs.update(pack_kwargs(self.model, batch.bounds, self.device))
+            inputs.update(packing_kwargs(self.model, batch.bounds, self.device))
         else:
             mask = torch.from_numpy(batch.attention_mask)
             inputs["attention_mask"] = mask.to(self.device, non_blocking=True)
-        hidden: Tensor = split_head(self.model).hidden(**inputs)
-        return hidden
+        if self.split.proven:
+            return self.split.hidden(self.model, **inputs)
+        return self.split.full_logits(self.model, **inputs)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Maps `hidden`'s output to logits; the identity where the model has no proven split."""
+        return self.split.logits(hidden) if self.split.proven else hidden
 
     def trained_hidden(self, batch: MicroBatch, epoch: int) -> Tensor:
         """Backbone output at the trained positions, [N, d], under this batch's own seeds."""
@@ -83,7 +93,6 @@ class AdaptedModel:
         trained = flat != IGNORED
         documents = torch.from_numpy(batch.document_ids.reshape(-1)[trained]).long()
         source_of = torch.tensor([document.source for document in batch.documents])
-        head = split_head(self.model)
 
         @functools.cache
         def base() -> Tensor:
@@ -101,8 +110,8 @@ class AdaptedModel:
             columns={name: [doc.columns.get(name) for doc in batch.documents] for name in names},
             step=step,
             vocabulary=self.vocabulary,
-            head=head.logits,
-            head_weight=head.weight if head.bare else None,
+            head=self.head,
+            head_weight=self.split.weight if self.split.bare else None,
             base=base,
             adapters_off=lambda: base_only(self.model),
         )
@@ -205,7 +214,7 @@ def compute_update(
             continue
         for hook in hooks:
             hook.before_backward(step, scaled, batch)
-        torch.stack([scale * value for scale, value in scaled.values()]).sum().backward()
+        torch.stack([scale * value for scale, value in scaled.values()]).sum().backward()  # type: ignore[no-untyped-call]
         sums.extend((index, name, value.detach()) for name, (_, value) in scaled.items())
     if not sums:
         return None

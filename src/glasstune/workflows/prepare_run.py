@@ -64,9 +64,9 @@ def prepare(config: Config, choices: Choices, progress: Progress) -> Prepared:
     from glasstune.data.prepare import prepare_data
     from glasstune.data.tokenizer import load_tokenizer
     from glasstune.models.facts import model_facts
+    from glasstune.models.load import choose_device
     from glasstune.models.resolve import resolve_model
     from glasstune.training.batching import make_schedule
-    from glasstune.training.precision import pick_device
     from glasstune.training.terms import resolve_terms
 
     model = config.model
@@ -81,7 +81,7 @@ def prepare(config: Config, choices: Choices, progress: Progress) -> Prepared:
         progress=progress,
     )
     terms = resolve_terms(config.losses, data.sources)
-    device = pick_device(model.device, choices)
+    device = choose_device(model.device, choices).type
     schedule = make_schedule(config, data.train, device, choices)
     config.training.per_device_train_batch_size = schedule.micro
     pad_id = tokenizer.pad_token_id

@@ -88,13 +88,13 @@ class _Session:
 
     def open(self, resume: str | bool | None) -> tuple[Run, LoopState]:
         """Loads the model, builds optimiser and hooks, restores a checkpoint where asked."""
+        from glasstune.adapters.inject import trainable
         from glasstune.models.load import load_base
         from glasstune.training.loop import Run
         from glasstune.training.optimizer import make_optimizer
 
-        adapted = self._adapt(load_base(self.config.model, self.prepared.resolved, self.choices))
-        from glasstune.adapters import trainable
-
+        base = load_base(self.config.model, self.prepared.resolved, choices=self.choices)
+        adapted = self._adapt(base)
         parameters = trainable(adapted.model)
         optimizer = make_optimizer(parameters, self.config.training)
         run = Run(
@@ -134,11 +134,18 @@ class _Session:
     def _adapt(self, base: Any) -> AdaptedModel:
         import torch
 
-        from glasstune.adapters import add_adapter, start_from
+        from glasstune.adapters.inject import add_adapter, keep_activation_dtype, start_from
+        from glasstune.models.families.install import install_packing
+        from glasstune.models.head import split_head
+        from glasstune.models.load import autocast_dtype
         from glasstune.training.dropout import RowSeeds, seed_adapter_dropout
-        from glasstune.training.precision import autocast_dtype, enable_recompute
+        from glasstune.training.recompute import enable_recompute
         from glasstune.training.step import AdaptedModel
 
+        if self.prepared.data.train.packed:
+            self.choices.record(
+                "data.packing_method", install_packing(base), f"of {base.config.model_type}"
+            )
         torch.manual_seed(self.config.training.seed)
         if self.config.training.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -148,16 +155,21 @@ class _Session:
             self.choices.record("adapter", adapter.path, "adapter.path: its weights go on")
         else:
             model = add_adapter(base, **adapter.lora_options())
+        autocast = autocast_dtype(base)
+        if autocast is not None:
+            keep_activation_dtype(model)
         rows = RowSeeds()
         seed_adapter_dropout(model, rows)
-        device = next(model.parameters()).device
         enable_recompute(model, self.config, self.prepared.schedule.micro, self.choices)
-        head = model.get_output_embeddings()
+        split = split_head(model)
+        if not split.proven:
+            self.choices.record("loss.full_logits", True, split.reason)
         return AdaptedModel(
             model=model,
-            device=device,
-            autocast=autocast_dtype(model, self.config.model, device),
-            vocabulary=int(head.weight.shape[0]),
+            split=split,
+            device=base.device,
+            autocast=autocast,
+            vocabulary=int(split.weight.shape[0]),
             source_weights=self.prepared.data.loss_weights,
             seed=self.config.training.seed,
             rows=rows,
@@ -184,7 +196,7 @@ class _Session:
         )
 
     def _adapter_writer(self, adapted: AdaptedModel) -> Any:
-        from glasstune.adapters import save_adapter, verify_saved
+        from glasstune.adapters.saving import save_adapter, verify_saved
 
         def write(target: Path) -> None:
             save_adapter(adapted.model, target, self.prepared.resolved.path)
@@ -253,7 +265,7 @@ class _Session:
         Raises:
             StoppedBySignal: The loop was interrupted; its checkpoint is the place to go on from.
         """
-        from glasstune.adapters import verify_saved
+        from glasstune.adapters.saving import verify_saved
         from glasstune.training.checkpoint import publish_adapter
         from glasstune.training.loop import load_best
         from glasstune.training.metrics import peak_memory_bytes

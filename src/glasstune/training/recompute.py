@@ -1,4 +1,4 @@
-"""Device, the type of the products, and which layers are recomputed."""
+"""Which layers are recomputed in backward."""
 
 from __future__ import annotations
 
@@ -6,49 +6,10 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
 
 from glasstune.core.choices import Choices
-from glasstune.core.config import Config, ModelConfig
-from glasstune.core.errors import InputError
+from glasstune.core.config import Config
 from glasstune.core.units import format_bytes
-
-
-def pick_device(wanted: str, choices: Choices) -> str:
-    """Resolves `model.device`.
-
-    Raises:
-        InputError: A GPU is asked for and there is none.
-    """
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise InputError(
-            "no_gpu",
-            "model.device is cuda, but torch sees no GPU",
-            where="model.device",
-            fix="install a CUDA build of torch and check nvidia-smi, or set model.device: cpu",
-        )
-    if wanted != "auto":
-        return wanted
-    reason = "torch sees a GPU" if available else "torch sees no GPU"
-    device: str = choices.record("model.device", "cuda" if available else "cpu", reason)
-    return device
-
-
-def autocast_dtype(
-    model: nn.Module, config: ModelConfig, device: torch.device
-) -> torch.dtype | None:
-    """Type of the products under autocast; None where they are plain fp32.
-
-    Args:
-        model: The loaded model; its own floating dtype counts, since loading may have widened
-            float16 on a device that has no float16 products.
-        config: Wanted dtype.
-        device: Where the model lives.
-    """
-    dtype = getattr(model, "dtype", None) or getattr(torch, config.dtype)
-    loaded = getattr(getattr(model, "base_model", model), "glasstune_compute_dtype", dtype)
-    return loaded if loaded in (torch.bfloat16, torch.float16) else None
 
 
 def enable_recompute(model: Any, config: Config, rows: int, choices: Choices) -> None:
