@@ -1,3 +1,44 @@
-"""Glasstune: a glass-box LoRA fine-tuner."""
+"""Glasstune: a glass-box LoRA fine-tuner.
+
+Names below load on first use, so that `import glasstune` stays light (no torch).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "train": "glasstune.workflows.api:train",
+    "evaluate": "glasstune.workflows.evaluate:evaluate",
+    "generate": "glasstune.workflows.generate:generate",
+    "load_model": "glasstune.workflows.api:load_model",
+    "add_adapter": "glasstune.adapters:add_adapter",
+    "LossBatch": "glasstune.training.terms:LossBatch",
+    "load_config": "glasstune.core.config_load:load_config",
+}
+_NOT_BUILT = (
+    "inspect_model",
+    "speed_up",
+    "GradientAudit",
+    "merge",
+    "GlasstuneCallback",
+    "term_loss",
+)
+
+__all__ = ["__version__", *sorted(_EXPORTS)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        module, attribute = _EXPORTS[name].split(":")
+        return getattr(import_module(module), attribute)
+    if name in _NOT_BUILT:
+        raise AttributeError(f"glasstune.{name} is not built yet in version {__version__}")
+    raise AttributeError(f"module 'glasstune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

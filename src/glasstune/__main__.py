@@ -1,4 +1,4 @@
-"""`python -m glasstune` is the command line."""
+"""`python -m glasstune`."""
 
 from glasstune.cli.main import entry
 

@@ -72,8 +72,8 @@ def nearest(name: str, near: str = "", more: tuple[str, ...] = ()) -> str | None
     for path in known_keys():
         leaves.setdefault(path.rsplit(".", 1)[-1], []).append(path)
     here = [leaf for leaf, paths in leaves.items() if any(_parent(p) == near for p in paths)]
-    for pool in (here, [*leaves, *more]):
-        found = difflib.get_close_matches(name, pool, n=1, cutoff=0.75 if pool is here else 0.6)
+    for pool, cutoff in ((here, 0.75), ([*leaves], 0.6), ([*more], 0.75)):
+        found = difflib.get_close_matches(name, pool, n=1, cutoff=cutoff)
         if found:
             paths = leaves.get(found[0], [])
             own = [path for path in paths if _parent(path) == near]

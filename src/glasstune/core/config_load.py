@@ -65,10 +65,14 @@ def load_config(
 
 
 def config_from_mapping(
-    value: Mapping[str, Any], overrides: Sequence[str] = (), name: str = "config"
+    value: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    name: str = "config",
+    model: str | None = None,
+    data: str | None = None,
 ) -> LoadedConfig:
     """Checks a mapping from Python as `load_config` checks a file."""
-    return _load(YamlDocument(_plain(value), name), overrides, None, None, from_python=True)
+    return _load(YamlDocument(_plain(value), name), overrides, model, data, from_python=True)
 
 
 def load_text(text: str, name: str = "config", overrides: Sequence[str] = ()) -> LoadedConfig:

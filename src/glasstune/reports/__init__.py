@@ -1,0 +1,1 @@
+"""Terminal and metric sinks, from records and events alone."""

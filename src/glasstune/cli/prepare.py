@@ -1,0 +1,120 @@
+"""Commands before a run: `doctor`, `init`, `data`, `config`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from glasstune.cli.app import app
+from glasstune.cli.common import JsonOption, console, emit, not_built, progress, show
+from glasstune.cli.train import split_arguments
+from glasstune.core.errors import InputError
+
+
+@app.command()
+def doctor(json: JsonOption = None) -> None:
+    """Show device, versions, memory and disk, and try which precisions work here."""
+    from glasstune.workflows.doctor import doctor as workflow
+
+    show("doctor", workflow(progress=progress()).to_dict(), json)
+
+
+@app.command()
+def init(
+    model: Annotated[
+        str | None, typer.Option(metavar="M", help="Hub id, folder or GGUF file.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="F", help="File, glob or hub id.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="config.yaml", help="Where it goes; else stdout."),
+    ] = None,
+    from_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Translate a LLaMA-Factory or Axolotl YAML, or a fine-tune.py command line.",
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let Python code of the checkpoint run.")
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Write a short commented config for a model and a data file."""
+    from glasstune.workflows.init import init as workflow
+
+    result = workflow(
+        model, data, output=output, from_file=from_file, trust_remote_code=trust_remote_code
+    )
+    for note in result.notes:
+        sys.stderr.write(f"note: {note}\n")
+    if output is not None:
+        sys.stderr.write(f"wrote {output}; next: glasstune train {output}\n")
+    elif json != "-":
+        sys.stdout.write(result.text)
+    emit(result.to_dict(), json)
+
+
+@app.command()
+def data(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG [KEY=VALUE]...", help="A YAML file, and overrides."),
+    ],
+    rows: Annotated[
+        int, typer.Option("--show", min=0, metavar="N", help="Print N rows as they are trained.")
+    ] = 0,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page (not built yet).")
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Check the data of a config: rows, lengths, what is trained, what is wrong."""
+    if html is not None:
+        not_built("the data page (--html)", "leave --html out; --show N prints rows")
+    from glasstune.core.config_load import load_config
+    from glasstune.reports.tables import say
+    from glasstune.reports.terminal import say_notes
+
+    path, overrides = split_arguments(arguments)
+    loaded = load_config(path, overrides)
+    bars = progress()
+    say_notes(loaded.notes, bars)
+    from glasstune.workflows.data import check_data
+
+    try:
+        checked = check_data(loaded.config, show=rows, progress=bars)
+    finally:
+        bars.close()
+    for text in checked.shown:
+        say(console(json), text)
+    show("data", checked.record.to_dict(), json)
+
+
+@app.command()
+def config(
+    defaults: Annotated[
+        bool, typer.Option("--defaults", help="Print every key with default and meaning (YAML).")
+    ] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema.")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Print the configuration's defaults or its schema."""
+    if defaults == schema:
+        raise InputError(
+            "defaults_or_schema",
+            "give one of --defaults and --schema",
+            where="command line",
+            fix="glasstune config --defaults > config.yaml",
+        )
+    from glasstune.workflows.config import config_text
+
+    text, record = config_text("defaults" if defaults else "schema")
+    if json != "-":
+        sys.stdout.write(text)
+    emit(record, json)

@@ -1,0 +1,48 @@
+"""Commands of the contract that are not built yet: each says so, with exit code 2."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from glasstune.cli.app import app
+from glasstune.cli.common import NOT_BUILT, JsonOption, not_built
+
+Rest = Annotated[list[str] | None, typer.Argument(metavar="...", help="Anything.")]
+
+
+@app.command(context_settings=NOT_BUILT)
+def inspect(rest: Rest = None, json: JsonOption = None) -> None:
+    """Show a model at 16, 8 and 4 bit without its weights (not built yet)."""
+    not_built("glasstune inspect")
+
+
+@app.command(context_settings=NOT_BUILT)
+def plan(rest: Rest = None, json: JsonOption = None) -> None:
+    """Foretell memory, time and disk of a run (not built yet)."""
+    not_built("glasstune plan", "glasstune train CONFIG --dry-run checks data and config")
+
+
+@app.command(context_settings=NOT_BUILT)
+def audit(rest: Rest = None, json: JsonOption = None) -> None:
+    """Show every parameter's gradient by loss term (not built yet)."""
+    not_built("glasstune audit", "training has a first-step gate: audit.first_step_gate")
+
+
+@app.command(context_settings=NOT_BUILT)
+def merge(rest: Rest = None, json: JsonOption = None) -> None:
+    """Merge an adapter into its base, with a certificate (not built yet)."""
+    not_built("glasstune merge", "the adapter is in PEFT's format: PeftModel.merge_and_unload()")
+
+
+@app.command(context_settings=NOT_BUILT)
+def chat(rest: Rest = None, json: JsonOption = None) -> None:
+    """Chat with a model in the terminal (not built yet)."""
+    not_built("glasstune chat", "glasstune generate RUN --prompt TEXT answers one prompt")
+
+
+@app.command(context_settings=NOT_BUILT)
+def report(rest: Rest = None, json: JsonOption = None) -> None:
+    """Write a run's report.html again (not built yet)."""
+    not_built("glasstune report", "metrics.jsonl and run.json hold the numbers")
