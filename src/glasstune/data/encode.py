@@ -1,0 +1,323 @@
+"""Examples to ids and labels, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from glasstune.core.batch import IGNORED
+from glasstune.data.baichuan2 import baichuan2_encode, check_baichuan2
+from glasstune.data.errors import RowError, refuse
+from glasstune.data.formats import Example
+from glasstune.data.roles import Message
+from glasstune.data.spans import Rendered, Tools, find_spans
+from glasstune.data.template import ChatTemplate, TrainOn
+from glasstune.data.tokenizer import begin_ids, encode_plain, end_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Offsets = Sequence[tuple[int, int]]
+
+
+@dataclass(slots=True)
+class Encoded:
+    """One encoded row.
+
+    Args:
+        ids: Token ids.
+        labels: Per token the id trained at it, or -100.
+        drifted: Whether the ids before the last answer are not the ids that a prompt for it has,
+            or a turn in the middle was opened otherwise than a prompt would open it.
+        silent_tools: Whether the row lists tools that the template does not show.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    drifted: bool = False
+    silent_tools: bool = False
+
+
+def encode_examples(
+    template: ChatTemplate, examples: Sequence[Example], train_on: TrainOn
+) -> list[Encoded | RowError]:
+    """Encodes examples of any kind, uncut, in order.
+
+    - text: begin token as the tokenizer sets it, text, end token; all trained.
+    - pair, where the template is `none`: prompt and completion are tokenised apart and joined,
+      so that a prompt has the same ids in training and in generation; completion and end token
+      are trained. With a template a pair is a question and its answer.
+    - chat: by the template.
+
+    Returns:
+        Per example its tokens, or why it has none.
+    """
+    found: list[Encoded | RowError | None] = [None] * len(examples)
+    groups: dict[str, list[int]] = {"text": [], "pair": [], "chat": []}
+    for number, example in enumerate(examples):
+        plain = example.kind == "pair" and template.kind == "none"
+        groups["pair" if plain else "text" if example.kind == "text" else "chat"].append(number)
+    encoders: dict[str, Any] = {"text": _texts, "pair": _pairs, "chat": _chats}
+    for name, numbers in groups.items():
+        if not numbers:
+            continue
+        results = encoders[name](template, [examples[number] for number in numbers], train_on)
+        for number, result in zip(numbers, results, strict=True):
+            found[number] = result
+    return [item for item in found if item is not None]
+
+
+def _texts(
+    template: ChatTemplate, examples: Sequence[Example], train_on: TrainOn
+) -> list[Encoded | RowError]:
+    tokenizer = template.tokenizer
+    begin = begin_ids(tokenizer)
+    rows: list[Encoded | RowError] = []
+    for ids in encode_plain(tokenizer, [example.text for example in examples]):
+        whole = _opened(begin, ids) + _ending(tokenizer, ids)
+        rows.append(Encoded(whole, list(whole)))
+    return rows
+
+
+def _opened(begin: list[int], ids: list[int]) -> list[int]:
+    """Puts the begin tokens before a text that does not have them yet."""
+    return ids if begin and ids[: len(begin)] == begin else begin + ids
+
+
+def _ending(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """Returns the end token, unless the text closes with it or there is none."""
+    end = end_id(tokenizer)
+    return [] if end is None or (len(ids) > 0 and ids[-1] == end) else [end]
+
+
+def _pairs(
+    template: ChatTemplate, examples: Sequence[Example], train_on: TrainOn
+) -> list[Encoded | RowError]:
+    tokenizer = template.tokenizer
+    begin = begin_ids(tokenizer)
+    prompts = encode_plain(tokenizer, [example.prompt for example in examples])
+    completions = encode_plain(tokenizer, [example.completion for example in examples])
+    rows: list[Encoded | RowError] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        context = _opened(begin, prompt)
+        answer = completion + _ending(tokenizer, completion)
+        kept = context if train_on == "all" else [IGNORED] * len(context)
+        rows.append(Encoded(context + answer, kept + answer))
+    return rows
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    prompt: str | Sequence[Message],
+    *,
+    system: str | None = None,
+    tools: Tools = None,
+) -> list[int]:
+    """Returns the ids after which the model answers: those that training used for the prompt.
+
+    Args:
+        tokenizer: The tokenizer.
+        template: The run's template.
+        prompt: A user's text, or a conversation that ends with the user's or a tool's turn. On a
+            base model without a template, the text to go on with.
+        system: System text put first.
+        tools: JSON schemas of functions.
+
+    Raises:
+        RowError: The template cannot render it.
+    """
+    if isinstance(prompt, str) and template.kind == "none":
+        text = prompt if system is None else f"{system}\n\n{prompt}"
+        return _opened(begin_ids(tokenizer), encode_plain(tokenizer, [text])[0])
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return template.render_prompt(messages, tools)
+
+
+def _chats(
+    template: ChatTemplate, examples: Sequence[Example], train_on: TrainOn
+) -> list[Encoded | RowError]:
+    if template.kind == "none":
+        raise ValueError("a conversation needs a chat template")
+    if template.kind == "baichuan2":
+        return _baichuan2(template, examples, train_on)
+    if template.has_generation_markers:
+        return [_caught(_by_markers, template, example, train_on) for example in examples]
+    rendered = [_caught(_rendered, template, example, train_on) for example in examples]
+    good = [row for row in rendered if isinstance(row, Rendered)]
+    tokens = iter(_with_offsets(template.tokenizer, [row.text for row in good]))
+    prompts = iter(encode_plain(template.tokenizer, [row.prompt for row in good]))
+    rows: list[Encoded | RowError] = []
+    for example, row in zip(examples, rendered, strict=True):
+        if isinstance(row, RowError):
+            rows.append(row)
+            continue
+        ids, offsets = next(tokens)
+        try:
+            encoded = _label(template, row, ids, offsets, next(prompts), train_on)
+            encoded.silent_tools = bool(example.tools) and not template.traits.renders_tools
+            rows.append(encoded)
+        except RowError as error:
+            rows.append(error)
+    return rows
+
+
+def _caught(function: Any, template: ChatTemplate, example: Example, train_on: TrainOn) -> Any:
+    try:
+        return function(template, example, train_on)
+    except RowError as error:
+        return error
+
+
+def _rendered(template: ChatTemplate, example: Example, train_on: TrainOn) -> Rendered:
+    return find_spans(template.text, example.messages, example.tools, template.traits.end_tokens)
+
+
+def _with_offsets(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str]
+) -> list[tuple[list[int], Offsets | None]]:
+    """Returns ids and, where the tokenizer has them, character offsets."""
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        return [(ids, None) for ids in encode_plain(tokenizer, texts)]
+    found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+
+def _label(
+    template: ChatTemplate,
+    row: Rendered,
+    ids: list[int],
+    offsets: Offsets | None,
+    prompt: list[int],
+    train_on: TrainOn,
+) -> Encoded:
+    """Turns character spans into labels and checks the prompt's ids."""
+    tokenizer = template.tokenizer
+    spans = [_token_span(tokenizer, row.text, ids, offsets, start, end) for start, end in row.spans]
+    drifted = row.drifted > 0 or ids[: spans[-1][0]] != prompt
+    whole = list(ids)
+    if row.open_end:
+        whole += _ending(tokenizer, ids)
+        spans[-1] = (spans[-1][0], len(whole))
+    return Encoded(whole, _labels(whole, spans, train_on), drifted)
+
+
+def _labels(ids: list[int], spans: Sequence[tuple[int, int]], train_on: TrainOn) -> list[int]:
+    if train_on == "all":
+        return list(ids)
+    labels = [IGNORED] * len(ids)
+    for start, end in spans[-1:] if train_on == "last_assistant" else spans:
+        labels[start:end] = ids[start:end]
+    return labels
+
+
+def _token_span(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    ids: list[int],
+    offsets: Offsets | None,
+    start: int,
+    end: int,
+) -> tuple[int, int]:
+    """Returns the tokens of a character span; one that lies across its start belongs to it.
+
+    Raises:
+        RowError: The tokenizer gives no offsets, and tokenises the text before the span in
+            another way alone.
+    """
+    if offsets is not None:
+        # Offsets may leave out spaces around a token, so only their order is relied upon.
+        first = next((k for k, (_, stop) in enumerate(offsets) if stop > start), len(ids))
+        last = next((k for k in range(len(ids) - 1, -1, -1) if offsets[k][0] < end), -1) + 1
+        return first, max(first, last)
+    places: list[int] = []
+    for at in (start, end):
+        before = encode_plain(tokenizer, [text[:at]])[0]
+        if ids[: len(before)] != before:
+            refuse(
+                "template_span",
+                "the tokenizer joins text across the border of an assistant turn, and gives no "
+                "offsets to tell where",
+                "use a fast tokenizer (tokenizer.json)",
+            )
+        places.append(len(before))
+    return places[0], places[1]
+
+
+def _by_markers(template: ChatTemplate, example: Example, train_on: TrainOn) -> Encoded:
+    """Encodes with a template that has `{% generation %}` blocks: they say what is trained."""
+    if not template.tokenizer.is_fast:
+        refuse("template_span", "{% generation %} markers need a fast tokenizer (tokenizer.json)")
+    found = template.apply(
+        example.messages, example.tools, tokenize=True, return_dict=True,
+        return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False},
+    )  # fmt: skip
+    ids: list[int] = list(found["input_ids"])
+    spans = _runs(found["assistant_masks"])
+    answers = sum(message["role"] == "assistant" for message in example.messages)
+    if len(spans) < answers and any(m["content"] for m in example.messages[-1:]):
+        refuse(
+            "template_span",
+            f"the template's {{% generation %}} markers show {len(spans)} assistant turns of "
+            f"{answers}",
+            "correct the template, or use one without markers",
+        )
+    spans = [_with_end(template, ids, span) for span in spans]
+    prompt = template.render_prompt(example.messages[:-1], example.tools)
+    drifted = not spans or ids[: spans[-1][0]] != prompt
+    silent = bool(example.tools) and not template.traits.renders_tools
+    return Encoded(ids, _labels(ids, spans, train_on), drifted, silent)
+
+
+def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for at, one in enumerate(mask):
+        if one and (at == 0 or not mask[at - 1]):
+            runs.append((at, at))
+        if one:
+            runs[-1] = (runs[-1][0], at + 1)
+    return runs
+
+
+def _with_end(template: ChatTemplate, ids: list[int], span: tuple[int, int]) -> tuple[int, int]:
+    """Takes the end token right behind a marked answer into it; adds one at the open end."""
+    start, end = span
+    stops = template.stop_ids
+    if end > start and ids[end - 1] in stops:
+        return span
+    if end < len(ids):
+        return (start, end + 1) if ids[end] in stops else span
+    ids += _ending(template.tokenizer, ids)
+    return start, len(ids)
+
+
+def _baichuan2(
+    template: ChatTemplate, examples: Sequence[Example], train_on: TrainOn
+) -> list[Encoded | RowError]:
+    rows: list[Encoded | RowError | None] = []
+    for example in examples:
+        try:
+            check_baichuan2(example.messages)
+            rows.append(None)
+        except RowError as error:
+            rows.append(error)
+    good = [e.messages for e, row in zip(examples, rows, strict=True) if row is None]
+    encoded = iter(baichuan2_encode(template.tokenizer, good, template.markers))
+    done: list[Encoded | RowError] = []
+    for row in rows:
+        if row is not None:
+            done.append(row)
+            continue
+        ids, labels = next(encoded)
+        if train_on == "all":
+            labels = list(ids)
+        elif train_on == "last_assistant":
+            last = len(ids) - 1 - ids[::-1].index(template.markers["assistant"])
+            labels = [IGNORED] * last + labels[last:]
+        done.append(Encoded(ids, labels))
+    return done
