@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from glasstune.core.batch import IGNORED, MicroBatch
 from glasstune.core.protocols import Progress
 from glasstune.core.records import EvaluateRecord
-from glasstune.models.families import pack_kwargs
-from glasstune.models.head import HeadSplit, split_head
+from glasstune.models.families.install import packing_kwargs
+from glasstune.models.head import HeadSplit
 
 
 class TokenLosses(Protocol):
@@ -97,6 +97,7 @@ def evaluate_rows(
     model: nn.Module,
     batches: Iterable[MicroBatch],
     *,
+    split: HeadSplit,
     token_losses: TokenLosses,
     vocabulary: int,
     device: torch.device,
@@ -111,6 +112,7 @@ def evaluate_rows(
     Args:
         model: A causal language model, with or without adapters; its mode is put back after.
         batches: Packed or padded micro-batches.
+        split: `split_head` of the model before adapters were added.
         token_losses: `glasstune.kernels.linear_cross_entropy.token_losses`.
         vocabulary: Entries of the output head.
         device: Where the model lives.
@@ -126,8 +128,6 @@ def evaluate_rows(
         progress.start("evaluate", rows, "rows")
     try:
         with torch.no_grad(), evaluation_mode(model):
-            with precision():
-                split = split_head(model)
             for batch in batches:
                 with precision():
                     _add_batch(sums, model, split, batch, token_losses, vocabulary, device)
@@ -171,7 +171,7 @@ def _add_batch(
     }
     if batch.packed:
         inputs["position_ids"] = torch.from_numpy(batch.position_ids).to(device)
-        inputs.update(pack_kwargs(model, batch.bounds, device))
+        inputs.update(packing_kwargs(model, batch.bounds, device))
     else:
         inputs["attention_mask"] = torch.from_numpy(batch.attention_mask).to(device)
     index_N = torch.from_numpy(np.flatnonzero(trained)).to(device)
