@@ -40,6 +40,8 @@ def run(arguments: Sequence[str]) -> int:
     target = json_target(words)
     try:
         code: Any = app(args=words, prog_name="glasstune", standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this
+            return _fail(_error("interrupted", "interrupted"), INTERRUPTED, target)
         return code if isinstance(code, int) else 0
     except GlasstuneError as error:
         return _fail(error.to_dict(), error.exit_code, target)

@@ -193,8 +193,7 @@ def _own_flat() -> dict[str, str]:
 
 def _apply(built: Built, values: dict[PathKey, _Given], source: Source) -> None:
     for path, given in values.items():
-        _set(built, path, given)
-        built.origins[path] = given.where
+        built.origins[_set(built, path, given)] = given.where
         built.given.add(_given_name(path))
         for below, raw in source.document.raw.items():
             if below[: len(path)] == path:
@@ -213,9 +212,10 @@ def _given_name(path: PathKey) -> str:
     return ".".join(names)
 
 
-def _set(built: Built, path: PathKey, given: _Given) -> None:
-    """Puts a value at a path, making sections and list items on the way."""
+def _set(built: Built, path: PathKey, given: _Given) -> PathKey:
+    """Puts a value at a path, making sections and list items on the way; returns the path."""
     place: Any = built.value
+    real: PathKey = ()
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(place, list):
@@ -225,9 +225,10 @@ def _set(built: Built, path: PathKey, given: _Given) -> None:
                 place.append({})
         elif isinstance(part, int):
             part = str(part)  # a map's key that looks like a number
+        real = (*real, part)
         if last:
             place[part] = deepcopy(given.value)
-            return
+            break
         if isinstance(place, dict) and not isinstance(place.get(part), (dict, list)):
             if place.get(part) is not None and depth + 1 < len(path):
                 raise _no_section(path[: depth + 1], place[part], given.where)
@@ -235,6 +236,7 @@ def _set(built: Built, path: PathKey, given: _Given) -> None:
         place = place[part]
         if not isinstance(place, (dict, list)):
             raise _no_section(path[: depth + 1], place, given.where)
+    return real
 
 
 def _empty(path: PathKey) -> Any:
