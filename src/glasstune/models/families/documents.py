@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from glasstune.kernels.document_attention import document_attention
 
 NAME = "glasstune_documents"
 """Name of the attention implementation in transformers' registries."""
@@ -115,38 +116,10 @@ def documents_attention(
     ):
         sizes = [end - start for start, end in pairwise(row_bounds)]
         parts = [
-            _one_document(q, k, v, dropout, scaling, sliding_window)
+            document_attention(q, k, v, scale=scaling, window=sliding_window, dropout=dropout)
             for q, k, v in zip(
                 *(torch.split(x, sizes, dim=1) for x in (q_HLD, k_GLD, v_GLD)), strict=True
             )
         ]
         rows.append(torch.cat(parts, dim=0) if len(parts) > 1 else parts[0])
     return torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0), None
-
-
-def _one_document(
-    q_HTD: Tensor,
-    k_GTD: Tensor,
-    v_GTD: Tensor,
-    dropout: float,
-    scaling: float | None,
-    sliding_window: int | None,
-) -> Tensor:
-    """Returns the attended values of one document, [T, H, D]."""
-    length = q_HTD.shape[1]
-    mask = None
-    if sliding_window is not None and length > sliding_window:
-        position = torch.arange(length, device=q_HTD.device)
-        distance = position[:, None] - position[None, :]
-        mask = (distance >= 0) & (distance < sliding_window)
-    attended = functional.scaled_dot_product_attention(
-        q_HTD.unsqueeze(0),
-        k_GTD.unsqueeze(0),
-        v_GTD.unsqueeze(0),
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=q_HTD.shape[0] != k_GTD.shape[0],
-    )
-    return attended.squeeze(0).transpose(0, 1)
