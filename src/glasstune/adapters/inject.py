@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from glasstune.adapters.options import build_lora_config, linear_names, peft_rem
 from glasstune.adapters.reading import fit_keys, read_adapter_file
 from glasstune.adapters.state import adapter_state, restore_state
 from glasstune.core.errors import InputError, RunError
+from glasstune.core.findings import Finding
 
 _BASE_BIASES = "_glasstune_base_biases"
 
@@ -112,6 +114,32 @@ def adapter_fingerprint(model: PeftModel) -> str:
     shapes = {name: list(tensor.shape) for name, tensor in adapter_state(model).items()}
     text = json.dumps([_plain(options), shapes], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def adapter_findings(model: PeftModel) -> list[Finding]:
+    """Returns what a user should know of an adapter that was accepted."""
+    config = model.peft_config[model.active_adapter]
+    causal = model.get_base_model()
+    head, embedding = causal.get_output_embeddings(), causal.get_input_embeddings()
+    tied = bool(getattr(causal.config.get_text_config(decoder=True), "tie_word_embeddings", False))
+    touched = [
+        name
+        for name, part in (("head", head), ("embedding", embedding))
+        if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    ]
+    tokens = getattr(config, "trainable_token_indices", None)
+    if not (tied and touched) or tokens or getattr(config, "ensure_weight_tying", False):
+        return []
+    return [
+        Finding(
+            code="tied_weights_adapted",
+            severity="warning",
+            where="adapter",
+            message=f"head and embedding share one weight, and the {touched[0]} alone is adapted: "
+            "a merged model cannot keep them tied",
+            fix="leave the head out, or set ensure_weight_tying=true",
+        )
+    ]
 
 
 def base_biases(model: nn.Module) -> Mapping[Parameter, Tensor]:

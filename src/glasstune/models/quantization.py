@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from glasstune.core.choices import Choices
 from glasstune.core.config import ModelConfig
@@ -148,6 +149,45 @@ def guard_cpu_4bit(model: nn.Module) -> int:
             module.support_avx512bf16_for_cpu = False
             count += 1
     return count
+
+
+def adam_8bit(
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> Optimizer:
+    """Makes bitsandbytes' AdamW with 8-bit moments; it runs on a CPU and on CUDA.
+
+    Tensors below 4,096 values keep float32 moments. The state's dictionary goes through
+    `torch.save` and back without loss, so a resumed run continues bit for bit.
+
+    Args:
+        parameters: float32 parameters.
+        lr: Learning rate.
+        betas: Decay of the two moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled decay.
+
+    Raises:
+        InputError: `no_8bit_optimizer`: bitsandbytes has no native library on this machine.
+    """
+    import bitsandbytes
+    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
+
+    if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
+        raise InputError(
+            "no_8bit_optimizer",
+            "bitsandbytes has no native library on this machine, which adamw_8bit needs",
+            where="training.optim",
+            fix="set training.optim=adamw_torch",
+        )
+    built: Optimizer = bitsandbytes.optim.AdamW8bit(
+        list(parameters), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+    )
+    return built
 
 
 def is_packed_weight(parameter: torch.Tensor) -> bool:

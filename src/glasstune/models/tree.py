@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 
@@ -19,6 +21,9 @@ def tree_text(model: nn.Module) -> str:
 
 def _lines(module: nn.Module) -> list[str]:
     """Returns the text of one module as lines, its first without a name."""
+    adapted = _lora(module)
+    if adapted is not None:
+        return [adapted]
     own = module.extra_repr().splitlines()
     children = [(name, _lines(child)) for name, child in module.named_children()]
     title = type(module).__name__
@@ -42,3 +47,15 @@ def _lines(module: nn.Module) -> list[str]:
         lines += [f"  {first}", *(f"  {line}" for line in body[1:])]
         start = end + 1
     return [*lines, ")"]
+
+
+def _lora(module: nn.Module) -> str | None:
+    """Returns one line for a layer with LoRA around it, read by PEFT's attribute names."""
+    base, ups = getattr(module, "base_layer", None), getattr(module, "lora_A", None)
+    if not isinstance(base, nn.Module) or not isinstance(ups, nn.ModuleDict) or not ups:
+        return None
+    ranks: Mapping[str, int] = getattr(module, "r", {})
+    names = ", ".join(
+        f"r={ranks[name]}" if name == "default" else f"{name} r={ranks[name]}" for name in ups
+    )
+    return f"{type(base).__name__}({base.extra_repr()}) + LoRA({names})"
