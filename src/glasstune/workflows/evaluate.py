@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from glasstune.core.choices import Choices
@@ -11,6 +12,7 @@ from glasstune.core.config import DataConfig, SourceConfig
 from glasstune.core.errors import InputError
 from glasstune.core.protocols import Progress
 from glasstune.core.records import EvaluateRecord
+from glasstune.data.write import write_rows
 from glasstune.workflows.open_model import OpenModel, open_model
 
 
@@ -48,6 +50,13 @@ def evaluate(
         raise InputError(
             "bad_option", f"batch_size is {batch_size}", where="--batch-size", fix="use 1 or more"
         )
+    if not isinstance(data, str):
+        with TemporaryDirectory() as folder:
+            file = write_rows(data, Path(folder) / "rows.jsonl")
+            return evaluate(
+                run_or_model, str(file), checkpoint=checkpoint, no_adapter=no_adapter, bits=bits,
+                batch_size=batch_size, progress=progress, **overrides,
+            )  # fmt: skip
     mine = {key: overrides.pop(key, None) for key in ("max_length", "chat_template", "format")}
     choices = Choices()
     opened = open_model(
@@ -55,13 +64,12 @@ def evaluate(
         **overrides,
     )  # fmt: skip
     config = data_config(opened, data, **mine)
-    return evaluate_opened(opened, config, data, batch_size=batch_size, progress=progress)
+    return evaluate_opened(opened, config, batch_size=batch_size, progress=progress)
 
 
 def evaluate_opened(
     opened: OpenModel,
     config: DataConfig,
-    data: str | Sequence[Mapping[str, Any]],
     *,
     batch_size: int,
     progress: Progress | None,
@@ -69,6 +77,7 @@ def evaluate_opened(
     """`evaluate` for a model that is open already."""
     from glasstune.data.loader import evaluation_batches
     from glasstune.data.prepare import prepare_data
+    from glasstune.data.tokenizer import pad_id
     from glasstune.generation import evaluate_rows
     from glasstune.kernels.linear_cross_entropy import token_losses
 
@@ -82,10 +91,10 @@ def evaluate_opened(
         if lost:
             reasons = ", ".join(f"{count} {reason}" for reason, count in lost.items())
             progress.say(f"warning: rows left out of the measurement: {reasons}")
-    pad_id = opened.tokenizer.pad_token_id
     sums = evaluate_rows(
         opened.model,
-        evaluation_batches(prepared.train, batch_size, 0 if pad_id is None else pad_id),
+        evaluation_batches(prepared.train, batch_size, pad_id(opened.tokenizer)),
+        split=opened.split,
         token_losses=token_losses,
         vocabulary=opened.vocabulary,
         device=opened.device,
@@ -97,7 +106,7 @@ def evaluate_opened(
         raise InputError(
             "nothing_to_measure",
             "no row has a token whose prediction counts",
-            where=data if isinstance(data, str) else "data",
+            where=config.sources[0].path,
             fix="give rows with answers that fit max_length",
         )
     return sums.to_record(prepared.sources)
@@ -105,7 +114,7 @@ def evaluate_opened(
 
 def data_config(
     opened: OpenModel,
-    data: str | Sequence[Mapping[str, Any]],
+    data: str,
     *,
     max_length: int | None = None,
     chat_template: str | None = None,
@@ -118,7 +127,7 @@ def data_config(
     """
     run = opened.location.data
     limit = opened.facts.max_positions
-    source: dict[str, Any] = {"path": data if isinstance(data, str) else "rows", "name": None}
+    source: dict[str, Any] = {"path": data}
     if run is None:
         values: dict[str, Any] = {
             "max_length": min(1024, limit) if limit is not None else 1024,
@@ -131,8 +140,14 @@ def data_config(
         source |= {"format": first.format, "columns": first.columns}
         if first.columns:
             opened.choices.record("data.columns", first.columns, "those of the run's first source")
-    if isinstance(data, str) and Path(data).expanduser().is_file():
-        source["name"] = Path(data).stem
+    template = opened.template
+    values |= {
+        # A saved template travels in the tokenizer; only these two are rules of their own.
+        "chat_template": None if template.kind == "jinja" else template.kind,
+        "chat_template_kwargs": dict(template.kwargs),
+    }
+    if template.kind == "baichuan2":
+        values["markers"] = dict(template.markers)
     if format is not None:
         source["format"] = format
     values |= {
