@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
-from conftest import missing
 from runs import QuietProgress, events
 
 from glasstune.core.errors import InputError
@@ -51,8 +51,8 @@ def test_the_summary_shows_answers_losses_and_the_adapter() -> None:
 @pytest.mark.slow("loads SmolLM2 three times and trains it: about a minute on 2 cores")
 @pytest.mark.timeout(600)
 def test_two_updates_of_the_real_thing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if importlib.util.find_spec(workflow.PACKAGE) is None:
-        missing(workflow.PACKAGE)
+    if importlib.util.find_spec(workflow.PACKAGE) is None and "GLASSTUNE_REQUIRE" not in os.environ:
+        pytest.skip(f"{workflow.PACKAGE} is not installed")
     monkeypatch.setattr(workflow, "TRAIN_ROWS", 60)
     monkeypatch.setattr(workflow, "HELD_OUT_ROWS", 20)
     result = workflow.demo(tmp_path / "demo", 2, QuietProgress())
