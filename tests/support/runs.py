@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from glasstune.core.config import Config
 
 
-def tiny_run(model: Path, data: Path, output: Path, **sections: dict[str, Any]) -> Config:
+def tiny_run(model: Path, data: Path, output: Path, /, **sections: dict[str, Any]) -> Config:
     """A config of 3 epochs of small updates in fp32; sections override key by key."""
     base: dict[str, dict[str, Any]] = {
         "model": {"path": str(model), "dtype": "float32"},

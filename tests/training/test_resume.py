@@ -24,7 +24,7 @@ OPTIONS = {
 }
 
 
-def config(model: Path, data: Path, output: Path, **changes) -> Config:
+def config(model: Path, data: Path, output: Path, /, **changes) -> Config:
     sections = {name: {**values} for name, values in OPTIONS.items()}
     for name, values in changes.items():
         sections.setdefault(name, {}).update(values)
@@ -40,7 +40,7 @@ def whole(tiny_llama, qa_file, tmp_path_factory) -> Path:
     return output
 
 
-def stop(tiny_llama, qa_file, output: Path, updates: int, **changes) -> StoppedBySignal:
+def stop(tiny_llama, qa_file, output: Path, updates: int, /, **changes) -> StoppedBySignal:
     with pytest.raises(StoppedBySignal) as caught:
         train(config(tiny_llama, qa_file, output, **changes), progress=StopAfter(updates))
     return caught.value

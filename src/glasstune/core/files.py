@@ -85,8 +85,8 @@ def disk_full_named(path: Path, needed: int | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # safetensors and torch wrap the OSError in types of their own
-        if not _is_disk_full(error, path, needed):
+    except Exception as error:  # safetensors wraps the OSError in a type of its own
+        if not _is_disk_full(error):
             raise
         free = shutil.disk_usage(_existing_parent(path)).free
         wanted = f"needs {format_bytes(needed)}, " if needed is not None else ""
@@ -99,7 +99,7 @@ def disk_full_named(path: Path, needed: int | None = None) -> Iterator[None]:
         ) from error
 
 
-def _is_disk_full(error: BaseException, path: Path, needed: int | None) -> bool:
+def _is_disk_full(error: BaseException) -> bool:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -108,9 +108,6 @@ def _is_disk_full(error: BaseException, path: Path, needed: int | None) -> bool:
         if "no space left" in text or "os error 28" in text or "disk quota" in text:
             return True
         seen = seen.__cause__ or seen.__context__
-    # torch reports only "PytorchStreamWriter failed writing file": ask the disk itself.
-    if "failed writing file" in str(error).lower() and needed is not None:
-        return shutil.disk_usage(_existing_parent(path)).free < needed
     return False
 
 

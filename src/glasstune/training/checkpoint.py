@@ -7,6 +7,7 @@ mark is no checkpoint.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -130,8 +131,8 @@ def save_checkpoint(
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             write_adapter(aside)
-            torch.save(optimizer.state_dict(), aside / OPTIMIZER)
-            torch.save(random_state(), aside / RANDOM)
+            _write_state(optimizer.state_dict(), aside / OPTIMIZER)
+            _write_state(random_state(), aside / RANDOM)
             record = {"format": FORMAT, "loop": asdict(state), "identity": asdict(identity)}
             (aside / STATE).write_text(dump_json(record, indent=1), encoding="utf-8")
             files = {
@@ -148,6 +149,13 @@ def save_checkpoint(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return final
+
+
+def _write_state(value: Any, path: Path) -> None:
+    """Serialises in memory first: torch's own writer hides a full disk behind other errors."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _size(folder: Path | None) -> int:

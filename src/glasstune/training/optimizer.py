@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from glasstune.core.config import TrainingConfig
 from glasstune.core.errors import RunError
-from glasstune.models.quantization import adam_8bit
 
 
 def make_optimizer(parameters: Mapping[str, Parameter], config: TrainingConfig) -> Optimizer:
@@ -36,6 +35,8 @@ def make_optimizer(parameters: Mapping[str, Parameter], config: TrainingConfig) 
     values = list(parameters.values())
     betas = (config.adam_beta1, config.adam_beta2)
     if config.optim == "adamw_8bit":
+        from glasstune.models.quantization import adam_8bit
+
         built: Optimizer = adam_8bit(
             values,
             lr=config.learning_rate,

@@ -36,7 +36,11 @@ def enable_recompute(model: Any, config: Config, rows: int, choices: Choices) ->
             f"{format_bytes(free)} are free",
         )
     if training.recompute == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        kwargs = {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.20
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def _activation_bytes(config: Any, tokens: int) -> int:

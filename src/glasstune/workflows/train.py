@@ -146,6 +146,9 @@ class _Session:
             self.choices.record(
                 "data.packing_method", install_packing(base), f"of {base.config.model_type}"
             )
+        split = split_head(base)  # before adapters: its probe runs outside autocast
+        if not split.proven:
+            self.choices.record("loss.full_logits", True, split.reason)
         torch.manual_seed(self.config.training.seed)
         if self.config.training.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -161,9 +164,6 @@ class _Session:
         rows = RowSeeds()
         seed_adapter_dropout(model, rows)
         enable_recompute(model, self.config, self.prepared.schedule.micro, self.choices)
-        split = split_head(model)
-        if not split.proven:
-            self.choices.record("loss.full_logits", True, split.reason)
         return AdaptedModel(
             model=model,
             split=split,

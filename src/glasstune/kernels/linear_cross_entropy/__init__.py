@@ -2,8 +2,8 @@
 
 from glasstune.kernels.linear_cross_entropy.op import (
     chunk_rows,
-    chunks,
     chunked_head_sums,
+    chunks,
     head_cross_entropy,
     linear_cross_entropy,
     token_losses,
