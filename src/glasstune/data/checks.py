@@ -28,6 +28,14 @@ def note_row(ledger: Ledger, origin: str, row: Encoded) -> None:
             "where the template treats earlier turns otherwise (Qwen3), data.train_on: "
             "last_assistant trains only what generation will see",
         )
+    if row.split:
+        ledger.note(
+            "answer_tokenised_apart",
+            "info",
+            origin,
+            "in {count} rows the tokenizer would join the start of the last answer with its "
+            "prompt; they are tokenised apart, so that the prompt's ids are those of generation",
+        )
     if row.silent_tools:
         ledger.note(
             "tools_not_rendered",

@@ -12,7 +12,7 @@ from glasstune.data.errors import RowError, refuse
 from glasstune.data.formats import Example
 from glasstune.data.roles import Message
 from glasstune.data.spans import Rendered, Tools, find_spans
-from glasstune.data.template import ChatTemplate, TrainOn
+from glasstune.data.template import ChatTemplate, TrainOn, marked_spans
 from glasstune.data.tokenizer import begin_ids, encode_plain, end_id
 
 if TYPE_CHECKING:
@@ -30,12 +30,15 @@ class Encoded:
         labels: Per token the id trained at it, or -100.
         drifted: Whether the ids before the last answer are not the ids that a prompt for it has,
             or a turn in the middle was opened otherwise than a prompt would open it.
+        split: Whether the last answer was tokenised apart, as the tokenizer would have joined it
+            with the end of its prompt.
         silent_tools: Whether the row lists tools that the template does not show.
     """
 
     ids: list[int]
     labels: list[int]
     drifted: bool = False
+    split: bool = False
     silent_tools: bool = False
 
 
@@ -144,9 +147,7 @@ def _chats(
         raise ValueError("a conversation needs a chat template")
     if template.kind == "baichuan2":
         return _baichuan2(template, examples, train_on)
-    if template.has_generation_markers:
-        return [_caught(_by_markers, template, example, train_on) for example in examples]
-    rendered = [_caught(_rendered, template, example, train_on) for example in examples]
+    rendered = [_rendered(template, example) for example in examples]
     good = [row for row in rendered if isinstance(row, Rendered)]
     tokens = iter(_with_offsets(template.tokenizer, [row.text for row in good]))
     prompts = iter(encode_plain(template.tokenizer, [row.prompt for row in good]))
@@ -165,15 +166,17 @@ def _chats(
     return rows
 
 
-def _caught(function: Any, template: ChatTemplate, example: Example, train_on: TrainOn) -> Any:
+def _rendered(template: ChatTemplate, example: Example) -> Rendered | RowError:
+    """Renders a conversation with its trained spans, by the template's own markers or without."""
+    empty = any(m["role"] == "assistant" and not m["content"] for m in example.messages)
     try:
-        return function(template, example, train_on)
+        # An empty `{% generation %}` block marks nothing, and its end token would go untrained.
+        if template.has_generation_markers and not empty:
+            return marked_spans(template, example.messages, example.tools)
+        ends = template.traits.end_tokens
+        return find_spans(template.text, example.messages, example.tools, ends)
     except RowError as error:
         return error
-
-
-def _rendered(template: ChatTemplate, example: Example, train_on: TrainOn) -> Rendered:
-    return find_spans(template.text, example.messages, example.tools, template.traits.end_tokens)
 
 
 def _with_offsets(
@@ -196,15 +199,45 @@ def _label(
     prompt: list[int],
     train_on: TrainOn,
 ) -> Encoded:
-    """Turns character spans into labels and checks the prompt's ids."""
+    """Turns character spans into labels, with the last prompt's ids as generation has them."""
     tokenizer = template.tokenizer
+    split = False
+    if ids[: len(prompt)] != prompt and row.text.startswith(row.prompt):
+        apart = _apart(tokenizer, row.text, len(row.prompt), ids)
+        split = apart is not None
+        ids, offsets = apart or (ids, offsets)
     spans = [_token_span(tokenizer, row.text, ids, offsets, start, end) for start, end in row.spans]
-    drifted = row.drifted > 0 or ids[: spans[-1][0]] != prompt
+    joined = offsets is not None and any(
+        first < last and offsets[first][0] < start
+        for (first, last), (start, _) in zip(spans, row.spans, strict=True)
+    )
+    drifted = row.drifted > 0 or joined or ids[: spans[-1][0]] != prompt
     whole = list(ids)
     if row.open_end:
         whole += _ending(tokenizer, ids)
         spans[-1] = (spans[-1][0], len(whole))
-    return Encoded(whole, _labels(whole, spans, train_on), drifted)
+    return Encoded(whole, _labels(whole, spans, train_on), drifted, split)
+
+
+def _apart(
+    tokenizer: PreTrainedTokenizerBase, text: str, border: int, joined: list[int]
+) -> tuple[list[int], Offsets | None] | None:
+    """Tokenises a prompt and its answer apart, where they still spell the same text.
+
+    A byte-level tokenizer with GPT-2's word rule reads the two line breaks at the end of Llama 3's
+    prompt as one token, and as two when a word follows. Generation starts after the one.
+
+    Returns:
+        Ids and offsets, or None where the parts do not join to the text (a tokenizer that puts a
+        space before every text).
+    """
+    (prompt, left), (answer, right) = _with_offsets(tokenizer, [text[:border], text[border:]])
+    ids = prompt + answer
+    if tokenizer.decode(ids) != tokenizer.decode(joined):
+        return None
+    if left is None or right is None:
+        return ids, None
+    return ids, [*left, *((start + border, stop + border) for start, stop in right)]
 
 
 def _labels(ids: list[int], spans: Sequence[tuple[int, int]], train_on: TrainOn) -> list[int]:
@@ -247,53 +280,6 @@ def _token_span(
             )
         places.append(len(before))
     return places[0], places[1]
-
-
-def _by_markers(template: ChatTemplate, example: Example, train_on: TrainOn) -> Encoded:
-    """Encodes with a template that has `{% generation %}` blocks: they say what is trained."""
-    if not template.tokenizer.is_fast:
-        refuse("template_span", "{% generation %} markers need a fast tokenizer (tokenizer.json)")
-    found = template.apply(
-        example.messages, example.tools, tokenize=True, return_dict=True,
-        return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False},
-    )  # fmt: skip
-    ids: list[int] = list(found["input_ids"])
-    spans = _runs(found["assistant_masks"])
-    answers = sum(message["role"] == "assistant" for message in example.messages)
-    if len(spans) < answers and any(m["content"] for m in example.messages[-1:]):
-        refuse(
-            "template_span",
-            f"the template's {{% generation %}} markers show {len(spans)} assistant turns of "
-            f"{answers}",
-            "correct the template, or use one without markers",
-        )
-    spans = [_with_end(template, ids, span) for span in spans]
-    prompt = template.render_prompt(example.messages[:-1], example.tools)
-    drifted = not spans or ids[: spans[-1][0]] != prompt
-    silent = bool(example.tools) and not template.traits.renders_tools
-    return Encoded(ids, _labels(ids, spans, train_on), drifted, silent)
-
-
-def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for at, one in enumerate(mask):
-        if one and (at == 0 or not mask[at - 1]):
-            runs.append((at, at))
-        if one:
-            runs[-1] = (runs[-1][0], at + 1)
-    return runs
-
-
-def _with_end(template: ChatTemplate, ids: list[int], span: tuple[int, int]) -> tuple[int, int]:
-    """Takes the end token right behind a marked answer into it; adds one at the open end."""
-    start, end = span
-    stops = template.stop_ids
-    if end > start and ids[end - 1] in stops:
-        return span
-    if end < len(ids):
-        return (start, end + 1) if ids[end] in stops else span
-    ids += _ending(template.tokenizer, ids)
-    return start, len(ids)
 
 
 def _baichuan2(

@@ -241,17 +241,14 @@ def _locate(
                 refuse("template_span", f"the start of turn {turn} (assistant) cannot be found")
         last = turn == len(messages) - 1
         following = -1 if last else whole.find(marked.mark(turn + 1, _OPEN))
-        limit = following if following >= 0 else _limit(marked, whole, turn, last)
+        if not last and following < 0:  # marks in the middle of texts: any place before the next
+            following = marked.end_of_text(whole, turn + 1)
+        limit = len(whole) if last else following
         end, closed = _end(marked, whole, turn, start, limit, end_tokens)
         if last and not closed:
             end, open_end = len(whole), True
         spans.append((start - bisect_left(marks, start), end - bisect_left(marks, end)))
     return tuple(spans), open_end, drifted
-
-
-def _limit(marked: _Marked, whole: str, turn: int, last: bool) -> int:
-    """Returns a place that lies after the turn and not after the next turn's text."""
-    return len(whole) if last else whole.index(marked.mark(turn + 1, _CLOSE))
 
 
 def _end(

@@ -16,7 +16,7 @@ from glasstune.data.baichuan2 import DEFAULT_MARKERS, baichuan2_prompt, marker_i
 from glasstune.data.errors import RowError, refuse
 from glasstune.data.named import JINJA, NAMES, named_source
 from glasstune.data.roles import Message
-from glasstune.data.spans import TemplateTraits, Tools, learn_template
+from glasstune.data.spans import Rendered, TemplateTraits, Tools, learn_template
 from glasstune.data.tokenizer import begin_ids, encode_plain, end_id, known_tokens
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ PINNED_DATE = "2024-07-26"
 """Date that a template reading the clock gets: a constant, so that a resume, a second run and
 generation next year see the same ids. It is the one that Llama 3.1's own template falls back to."""
 
-_CLOCK = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
+_CLOCK = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1).)*)\1\s*\)""")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -160,6 +160,54 @@ class ChatTemplate:
         finally:
             self.tokenizer.chat_template = kept
         write_json_atomic(folder / TEMPLATE_FILE, self.to_dict())
+
+
+def marked_spans(template: ChatTemplate, messages: Sequence[Message], tools: Tools) -> Rendered:
+    """Renders a conversation whose template marks what the assistant generates.
+
+    The marks are taken as characters: transformers' own token mask leaves out a blank at the end
+    of an answer, which some tokenizers' offsets do not cover. The end token right behind a block
+    is trained with it.
+
+    Raises:
+        RowError: The template refuses the row, or does not mark each assistant turn.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    text = template.text(messages, tools, False)
+    rendered, indices = render_jinja_template(
+        conversations=[list(messages)],
+        tools=tools,
+        chat_template=template.source[1] if tools else template.source[0],
+        return_assistant_tokens_mask=True,
+        **{**template.tokenizer.special_tokens_map, **template.kwargs},
+    )
+    blocks: list[tuple[int, int]] = []
+    for start, end in indices[0]:
+        if blocks and blocks[-1][1] == start:
+            start = blocks.pop()[0]
+        if end > start:
+            blocks.append((start, end))
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if rendered[0] != text or len(blocks) != answers:
+        refuse(
+            "template_span",
+            f"the template's {{% generation %}} markers show {len(blocks)} assistant turns of "
+            f"{answers}",
+            "correct the template, or use one without markers",
+        )
+    ends = template.traits.end_tokens
+    spans: list[tuple[int, int]] = []
+    for start, end in blocks:
+        follows = next((token for token in ends if text.startswith(token, end)), "")
+        closed = text.endswith(tuple(ends), start, end) if ends else False
+        spans.append((start, end if closed else end + len(follows)))
+    last = spans[-1]
+    open_end = not (ends and text.endswith(tuple(ends), *last))
+    if open_end:
+        spans[-1] = (last[0], len(text))
+    prompt = template.text(messages[:-1], tools, True)
+    return Rendered(text, tuple(spans), open_end, prompt, 0)
 
 
 def load_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
