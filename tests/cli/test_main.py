@@ -4,12 +4,13 @@ import sys
 import time
 
 import pytest
+from typer.main import get_command
+
 from glasstune.cli import main as cli
 from glasstune.cli.app import ORDER, app
 from glasstune.cli.train import resume_value, split_arguments
 from glasstune.core.errors import InputError, RunError, StoppedBySignal
 from glasstune.core.records import TrainRecord
-from typer.main import get_command
 
 UNBUILT = ("inspect", "plan", "audit", "merge", "chat", "report")
 

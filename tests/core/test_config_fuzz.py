@@ -3,13 +3,14 @@
 import string
 
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from glasstune.core.config import Config
 from glasstune.core.config_fields import known_keys
 from glasstune.core.config_load import load_text
 from glasstune.core.config_names import FLAT, FOREIGN
 from glasstune.core.errors import InputError
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 KEYS = [path.rsplit(".", 1)[-1] for path in known_keys()] + sorted(FOREIGN) + sorted(FLAT)
 scalars = st.one_of(
@@ -34,10 +35,9 @@ def load(text, overrides=()):
     try:
         loaded = load_text(text, "f", overrides)
     except InputError as error:
-        assert error.message
-        assert error.exit_code == 2
-    else:
-        assert isinstance(loaded.config, Config)
+        return error.message
+    assert isinstance(loaded.config, Config)
+    return None
 
 
 @FAST

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from glasstune.core.config import AdapterConfig, Config, ModelConfig
 from glasstune.core.config_fields import defaults_yaml, known_keys, schema
 from glasstune.core.config_load import config_from_mapping, dump_config, load_config, load_text
@@ -207,8 +208,7 @@ def test_every_foreign_name_points_to_a_real_key_and_shadows_none():
         for value in (True, False, 4, 0.1, "x", "lora", "sft", ["a"], None, *probe):
             try:
                 meaning = rule(name, value)
-            except InputError as error:
-                assert error.exit_code == 2
+            except InputError:
                 continue
             for key in meaning.values:
                 known = key in keys or key.startswith(

@@ -1,4 +1,5 @@
 import pytest
+
 from glasstune.core.errors import InputError
 from glasstune.core.yaml_text import parse_yaml, plain_value
 

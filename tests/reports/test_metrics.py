@@ -3,6 +3,7 @@ import sys
 import types
 
 import pytest
+
 from glasstune.core.errors import InputError
 from glasstune.reports.metrics import make_writers, named_values
 

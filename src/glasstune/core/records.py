@@ -73,3 +73,29 @@ class DryRunRecord(Record):
     data: DataRecord
     choices: list[dict[str, Any]]
     config: str
+
+
+@dataclass(slots=True)
+class Check:
+    """Whether something works on this machine, found by trying it.
+
+    Args:
+        status: `works`, `fails` or `missing`.
+        detail: What was measured, or why it does not work.
+    """
+
+    status: Literal["works", "fails", "missing"]
+    detail: str
+
+
+@dataclass(slots=True)
+class DoctorRecord(Record):
+    """What this machine can do. Sizes in bytes; parameters counted one by one."""
+
+    device: dict[str, Any]
+    python: str
+    versions: dict[str, str]
+    disk: dict[str, Any]
+    checks: dict[str, Check]
+    fits_parameters: dict[str, float]
+    findings: list[Finding] = field(default_factory=list)

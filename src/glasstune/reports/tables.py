@@ -48,7 +48,9 @@ def say(console: Console, text: str) -> None:
 
 
 def _pairs(console: Console, rows: Sequence[tuple[str, str]], title: str | None = None) -> None:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    if title is not None:
+        say(console, title)
+    table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
