@@ -45,7 +45,6 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family("documents"),
     "gpt2": Family("documents", "learned"),
     "gpt_neox": Family("documents"),
-    "gpt_oss": Family("mask", attention="eager"),
     "gptj": Family("documents"),
     "granite": Family("documents"),
     "llama": Family("documents"),
