@@ -72,6 +72,13 @@ def test_array_rows_know_their_lines(tmp_path: Path) -> None:
     assert [row.origin.rsplit(":", 1)[1] for row in read_rows(path)] == ["2", "5", "11"]
 
 
+def test_rows_of_one_line_have_origins_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('[{"a": 1}, {"a": 2},\n{"a": 3}, 4]')
+    ends = [row.origin.removeprefix(str(path)) for row in read_rows(path)]
+    assert ends == [":1", ":1[1]", ":2", ":2[3]"]
+
+
 def test_d06_kind_follows_content_not_name(tmp_path: Path) -> None:
     lines, array = tmp_path / "x.json", tmp_path / "x.jsonl"
     lines.write_text("\n".join(json.dumps(row) for row in ROWS))

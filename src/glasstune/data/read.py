@@ -28,8 +28,8 @@ class RawRow:
 
     Args:
         value: Column name to value.
-        origin: `file:line` (1-based physical line), or `file[row]` (0-based) where a format has
-            no lines.
+        origin: `file:line` (1-based physical line), with `[row]` (0-based) behind it where several
+            rows share a line, or `file[row]` where a format has no lines.
     """
 
     value: dict[str, Any]
@@ -157,21 +157,24 @@ def _read_array(path: Path, text: str) -> Iterator[RawRow | BadRow]:
     """Walks an array item by item, so that each row knows its physical line."""
     decoder = json.JSONDecoder()
     at = _skip(text, text.index("[") + 1)
-    line, counted = 1, 0
+    line, counted, number, previous = 1, 0, -1, 0
     if text[at : at + 1] == "]":
         at += 1
     else:
         while True:
             line += text.count("\n", counted, at)
-            counted = at
+            counted, number = at, number + 1
+            # A row that shares its line with the one before is told by its number, too.
+            origin = f"{path}:{line}" + (f"[{number}]" if line == previous else "")
+            previous = line
             try:
                 value, end = decoder.raw_decode(text, at)
             except (ValueError, RecursionError) as error:
                 raise _broken_array(path, text, error, at) from error
             if isinstance(value, dict):
-                yield RawRow(value, f"{path}:{line}")
+                yield RawRow(value, origin)
             else:
-                yield _no_object(f"{path}:{line}", value)
+                yield _no_object(origin, value)
             at = _skip(text, end)
             mark = text[at : at + 1]
             if mark == ",":

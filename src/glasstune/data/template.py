@@ -200,8 +200,7 @@ def marked_spans(template: ChatTemplate, messages: Sequence[Message], tools: Too
     spans: list[tuple[int, int]] = []
     for start, end in blocks:
         follows = next((token for token in ends if text.startswith(token, end)), "")
-        closed = text.endswith(tuple(ends), start, end) if ends else False
-        spans.append((start, end if closed else end + len(follows)))
+        spans.append((start, end + len(follows)))
     last = spans[-1]
     open_end = not (ends and text.endswith(tuple(ends), *last))
     if open_end:
