@@ -33,6 +33,9 @@ Fields = Mapping[str, float | str]
 PLAIN_SECONDS = 5.0
 """Seconds between two plain lines of one task."""
 
+SHORT_SECONDS = 1.0
+"""A task that ends sooner leaves no line: a run evaluates often."""
+
 
 def show_fields(fields: Fields) -> str:
     """Writes the values beside a bar: `loss 2.3104 · 1,840 tokens/s`."""
@@ -91,8 +94,6 @@ class RichProgress:
         if not self.live:
             now = time.monotonic()
             self._plain[task] = _Plain(total, unit, started=now, told=now)
-            amount = "" if total is None else f"{total:,} {unit}"
-            self.say(f"{task}: {amount or 'started'}")
             return
         if self._bars is None:
             self._bars = Progress(
@@ -135,18 +136,15 @@ class RichProgress:
         """Closes the bar; the last values stay."""
         plain = self._plain.pop(task, None)
         if plain is not None:
-            elapsed = time.monotonic() - plain.started
-            amount = f"{plain.done:,} {plain.unit}".strip()
-            tail = f" · {show_fields(plain.fields)}" if plain.fields else ""
-            self.say(f"{task}: done, {amount} in {format_seconds(elapsed)}{tail}")
+            self._ended(
+                task, plain.done, plain.unit, time.monotonic() - plain.started, plain.fields
+            )
         if self._bars is None or task not in self._ids:
             return
         shown = self._bars.tasks[self._index(task)]
-        spent = format_seconds(shown.elapsed or 0.0)
-        tail = show_fields(shown.fields["shown"])
         self._bars.remove_task(self._ids.pop(task))
-        done = f"{int(shown.completed):,} {shown.fields['unit']}"
-        self.say(f"{task}: {done} in {spent}" + (f" · {tail}" if tail else ""))
+        unit, values = shown.fields["unit"], shown.fields["shown"]
+        self._ended(task, int(shown.completed), unit, shown.elapsed or 0.0, values)
         if not self._ids:
             self._bars.stop()
             self._bars = None
@@ -162,6 +160,11 @@ class RichProgress:
             self._bars = None
             self._ids.clear()
         self._plain.clear()
+
+    def _ended(self, task: str, done: int, unit: str, elapsed: float, fields: Fields) -> None:
+        if elapsed >= SHORT_SECONDS or self.every < SHORT_SECONDS:
+            tail = f" · {show_fields(fields)}" if fields else ""
+            self.say(f"{task}: {done:,} {unit} in {format_seconds(elapsed)}{tail}")
 
     def _index(self, task: str) -> int:
         assert self._bars is not None
