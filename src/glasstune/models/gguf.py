@@ -78,12 +78,13 @@ def _convert(file: Path, folder: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), gguf_file=file.name, dtype=torch.bfloat16
             )
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # a damaged file ends in whatever the reader trips over
+        says = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise InputError(
             "bad_gguf",
-            f"transformers cannot read this GGUF file: {str(error).splitlines()[0]}",
+            f"transformers cannot read this GGUF file: {says}",
             where=str(file),
-            fix="give the original checkpoint (hub id or folder) instead",
+            fix="download it again, or give the original checkpoint (hub id or folder) instead",
         ) from error
     # The reader leaves a quantisation entry in the config, which the expanded weights are not.
     if hasattr(model.config, "quantization_config"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -161,7 +162,9 @@ def _read(resolved: ResolvedModel, options: dict[str, Any]) -> PreTrainedModel:
             where=where,
             fix="install the package that the message names",
         ) from error
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if not _is_users(error):
+            raise
         text = str(error).strip().splitlines()
         raise InputError(
             "cannot_load",
@@ -173,6 +176,14 @@ def _read(resolved: ResolvedModel, options: dict[str, Any]) -> PreTrainedModel:
     _check_complete(report, where)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an exception of a load speaks of the checkpoint or an option, not of a bug."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    kinds = (OSError, ValueError, RuntimeError, UnpicklingError)
+    return isinstance(error, kinds) or type(error).__name__ == "SafetensorError"
 
 
 def _check_complete(report: Any, where: str) -> None:

@@ -71,4 +71,4 @@ def packing_kwargs(
 def _uses_documents(model: PreTrainedModel) -> bool:
     # On a GPU a loop over documents is bound by kernel launches; the mask is one kernel.
     # An attention that the user chose by name stays.
-    return model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
+    return bool(model.device.type == "cpu" and model.config._attn_implementation == "sdpa")
