@@ -15,7 +15,7 @@ _EXPORTS = {
     "evaluate": "glasstune.workflows.evaluate:evaluate",
     "generate": "glasstune.workflows.generate:generate",
     "load_model": "glasstune.workflows.api:load_model",
-    "add_adapter": "glasstune.adapters:add_adapter",
+    "add_adapter": "glasstune.adapters.inject:add_adapter",
     "LossBatch": "glasstune.training.terms:LossBatch",
     "load_config": "glasstune.core.config_load:load_config",
 }

@@ -48,12 +48,14 @@ NoAdapterOption = Annotated[
     bool, typer.Option("--no-adapter", help="Use the base model alone, with the run's template.")
 ]
 BitsOption = Annotated[
-    int | None, typer.Option(help="Precision of the base: 16, 8 or 4; the run's by default.")
+    int | None,
+    typer.Option(metavar="N", help="Precision of the base: 16, 8 or 4; the run's by default."),
 ]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; the run's by default.")
+    str | None,
+    typer.Option(metavar="NAME", help="float32, bfloat16 or float16; the run's by default."),
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+DeviceOption = Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let Python code of the checkpoint run.")
 ]

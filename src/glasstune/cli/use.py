@@ -43,14 +43,18 @@ def generate(
     output: Annotated[
         Path | None, typer.Option(metavar="G.jsonl", help="Where rows and answers go.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Longest answer in tokens.")
+    ] = 256,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the most likely token each time.")
+        float, typer.Option(metavar="T", help="0 takes the most likely token each time.")
     ] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Share of probability to draw from.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Prompts in one forward.")] = 8,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="Share of probability to draw from.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the draws.")] = 0,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts in one forward.")] = 8,
     checkpoint: CheckpointOption = None,
     no_adapter: NoAdapterOption = False,
     bits: BitsOption = None,
@@ -103,21 +107,27 @@ def evaluate(
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     batch_size: Annotated[
-        int, typer.Option(help="Rows in one forward; the numbers do not depend on it.")
+        int, typer.Option(metavar="N", help="Rows in one forward; the numbers do not depend on it.")
     ] = 8,
     max_length: Annotated[
-        int | None, typer.Option(help="Longest document in tokens; the run's by default.")
+        int | None,
+        typer.Option(metavar="N", help="Longest document in tokens; the run's by default."),
     ] = None,
     chat_template: Annotated[
-        str | None, typer.Option(help="Template name or file; the run's by default.")
+        str | None,
+        typer.Option(metavar="NAME", help="Template name or file; the run's by default."),
     ] = None,
-    format: Annotated[str | None, typer.Option(help="Shape of the rows.")] = None,
+    format: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Shape of the rows; auto by default.")
+    ] = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="Judge generated answers (not built yet).")
     ] = False,
     metric: Annotated[
         str | None,
-        typer.Option(help="exact_match, contains, json_valid or FILE.py:fn (not built yet)."),
+        typer.Option(
+            metavar="NAME", help="exact_match, contains, json_valid or FILE.py:fn (not built yet)."
+        ),
     ] = None,
     compare: Annotated[
         str | None, typer.Option(metavar="base", help="Compare with the base (not built yet).")

@@ -206,7 +206,7 @@ _RENAMED = {
     "data.packing": "sample_packing neat_packing",
     "data.num_workers": "dataloader_num_workers",
     "training.num_train_epochs": "num_epochs epochs",
-    "training.train_batch_size": "global_batch_size batch_size",
+    "training.train_batch_size": "global_batch_size",
     "training.per_device_train_batch_size": "micro_batch_size",
     "training.gradient_accumulation_steps": "grad_accumulation_steps",
     "training.learning_rate": "lr",
@@ -377,6 +377,20 @@ def translate(section: str, name: str, value: Any, own: dict[str, str]) -> Trans
     if key is not None:
         return Translation({key: value}, notes=[f"{name} is {key} here"])
     return None
+
+
+def renamed() -> dict[str, list[str]]:
+    """Returns, for the documentation, the keys that a foreign name sets, with these names."""
+    found: dict[str, set[str]] = {}
+    for name, rule in FOREIGN.items():
+        for probe in (True, 4, 0.1, "x", ["x"]):
+            try:
+                meaning = rule(name, probe)
+            except InputError:
+                continue
+            for key in meaning.values:
+                found.setdefault(key, set()).add(name)
+    return {key: sorted(names) for key, names in sorted(found.items())}
 
 
 def known_value(key: str, value: Any) -> tuple[Any, str]:

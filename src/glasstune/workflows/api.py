@@ -94,4 +94,4 @@ def load_model(path: str, **options: Any) -> tuple[Any, Any]:
     trust = config.trust_remote_code
     resolved = resolve_model(config.path, trust_remote_code=trust, choices=choices)
     model = load_base(config, resolved, choices=choices)
-    return model, load_tokenizer(resolved.path, trust_remote_code=trust)
+    return model, load_tokenizer(resolved.folder_or_id, trust_remote_code=trust)
