@@ -30,13 +30,15 @@ from glasstune.data.read import BadRow, ReadStats
 from glasstune.data.sources import source_names
 from glasstune.data.split import first_of_each, held_out, repeated, text_key
 from glasstune.data.template import ChatTemplate
-from glasstune.data.tokenizer import known_tokens
+from glasstune.data.tokenizer import fewest_tokens, known_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 256
 _TASK = "data"
+_HUGE = 200_000
+"""Characters of one text from which a row may be found too long without tokenising it."""
 
 
 @dataclass
@@ -178,7 +180,9 @@ class _Worker:
                     self.ledger.bad_row(index, row.origin, RowError(row.code, row.message))
                     continue
                 try:
-                    examples.append(self._example(source, row.value, row.origin))
+                    example = self._example(source, row.value, row.origin)
+                    if not self._surely_too_long(index, example):
+                        examples.append(example)
                 except RowError as error:
                     self.ledger.bad_row(index, row.origin, error)
             found = encode_examples(self.template, examples, self.config.train_on)
@@ -203,20 +207,35 @@ class _Worker:
             loss_columns=self.loss_columns,
         )
 
+    def _surely_too_long(self, index: int, example: Example) -> bool:
+        """Drops a row with a text of megabytes before it costs minutes in the tokenizer."""
+        texts = example.texts()
+        longest = max(texts, key=len) if texts else ""
+        if len(longest) < _HUGE or self.config.truncation == "cut" or "</think>" in longest:
+            return False
+        tokens = fewest_tokens(self.template.tokenizer, longest)
+        if tokens <= self.config.max_length:
+            return False
+        self._drop_too_long(index, example.origin, f"{len(longest)} characters in one text")
+        return True
+
+    def _drop_too_long(self, index: int, origin: str, size: str) -> None:
+        self.ledger.drop(index, "too_long")
+        self.ledger.note(
+            "too_long",
+            "warning",
+            origin,
+            f"{{count}} rows are longer than max_length {self.config.max_length} and are left "
+            f"out; the first has {size}",
+            "raise data.max_length, or set data.truncation: cut",
+        )
+
     def _document(self, index: int, example: Example, row: Encoded) -> Document | None:
         """Checks and cuts one row; None where it is dropped."""
         limit = self.config.max_length
         self._check_ids(example.origin, row.ids)
         if len(row.ids) > limit and self.config.truncation == "drop":
-            self.ledger.drop(index, "too_long")
-            self.ledger.note(
-                "too_long",
-                "warning",
-                example.origin,
-                f"{{count}} rows are longer than max_length {limit} and are left out; the first "
-                f"has {len(row.ids)} tokens",
-                "raise data.max_length, or set data.truncation: cut",
-            )
+            self._drop_too_long(index, example.origin, f"{len(row.ids)} tokens")
             return None
         if len(row.ids) > limit:
             checks.note_cut(self.ledger, example.origin, len(row.ids), limit)

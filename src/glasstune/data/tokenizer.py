@@ -110,6 +110,23 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return found
 
 
+def fewest_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Returns a number of tokens that a text certainly has, without tokenising it.
+
+    Only byte-level and byte-fallback BPE give such a bound, since no token of theirs stands for
+    more characters than it is long (a factor of four allows for normalisation). Others give 0.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = getattr(backend, "model", None)
+    bytewise = "ByteLevel" in str(getattr(backend, "pre_tokenizer", "")) or getattr(
+        model, "byte_fallback", False
+    )
+    if type(model).__name__ != "BPE" or not bytewise:
+        return 0
+    longest = max(len(token) for token in tokenizer.get_vocab())
+    return len(text.strip()) // (4 * longest)
+
+
 def known_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Returns the text of all added and special tokens."""
     return sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - {""})
