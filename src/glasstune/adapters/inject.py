@@ -13,7 +13,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import Parameter
-from transformers import PreTrainedModel
 
 from glasstune.adapters.masters import make_masters_float32
 from glasstune.adapters.options import build_lora_config, linear_names, peft_remarks_unsaid
@@ -21,6 +20,8 @@ from glasstune.adapters.reading import fit_keys, read_adapter_file
 from glasstune.adapters.state import adapter_state, restore_state
 from glasstune.core.errors import InputError, RunError
 from glasstune.core.findings import Finding
+from glasstune.models.classes import PreTrainedModel
+from glasstune.models.int8 import Int8Linear
 
 _BASE_BIASES = "_glasstune_base_biases"
 
@@ -161,6 +162,7 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             fix=f"linear modules of this model: {', '.join(linear_names(model))}",
         ) from error
     make_masters_float32(wrapped)
+    _refuse_int8_merges(wrapped)
     biases = {
         parameter: parameter.detach().clone()
         for parameter in wrapped.parameters()
@@ -168,6 +170,22 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     }
     setattr(wrapped, _BASE_BIASES, biases)
     return wrapped
+
+
+def _refuse_int8_merges(model: nn.Module) -> None:
+    """Makes a merge into int8 rows an error: PEFT's DoRA would write float values as int8."""
+
+    def merge(*args: Any, **kwargs: Any) -> None:
+        raise InputError(
+            "merge_into_8_bit",
+            "an adapter cannot be merged into an 8-bit base: its rows would be rounded again",
+            where="model.bits",
+            fix="load the base at 16 bit and merge there",
+        )
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), Int8Linear):
+            layer.merge = merge
 
 
 def _read_config(folder: Path) -> LoraConfig:

@@ -13,7 +13,8 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
+
+from glasstune.models.classes import Conv1D
 
 _HALF = (torch.float16, torch.bfloat16)
 

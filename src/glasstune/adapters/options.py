@@ -12,9 +12,9 @@ from typing import Any
 
 from peft import LoraConfig, TaskType
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from glasstune.core.errors import InputError
+from glasstune.models.classes import Conv1D
 
 ALL_LINEAR = "all-linear"
 
@@ -45,6 +45,9 @@ def build_lora_config(options: Mapping[str, Any], model: nn.Module) -> LoraConfi
         options["target_modules"] = ALL_LINEAR
     paths = [path for path, _ in model.named_modules() if path]
     _check_targets(options.get("target_modules"), paths, model)
+    if options.get("layers_to_transform") is not None and _is_all_linear(options["target_modules"]):
+        # PEFT filters by layer only where the targets are a list of names.
+        options["target_modules"] = [n for n in linear_names(model) if n != _head_name(model)]
     for key in ("modules_to_save", "exclude_modules"):
         _check_hits(key, options.get(key), paths, model)
     try:
@@ -99,8 +102,18 @@ def _check_names(options: Mapping[str, Any]) -> None:
             )
 
 
+def _is_all_linear(target: Any) -> bool:
+    return isinstance(target, str) and target.lower() == ALL_LINEAR
+
+
+def _head_name(model: Any) -> str | None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    paths = [path for path, module in model.named_modules() if module is head]
+    return paths[0].rsplit(".", 1)[-1] if head is not None and paths else None
+
+
 def _check_targets(target: Any, paths: Sequence[str], model: nn.Module) -> None:
-    if target is None or (isinstance(target, str) and target.lower() == ALL_LINEAR):
+    if target is None or _is_all_linear(target):
         return
     if not isinstance(target, str) and not list(target):
         raise _not_found("target_modules is an empty list", model)

@@ -14,6 +14,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from glasstune.core.errors import InputError
 from glasstune.kernels.int8_linear import Int8Linear
 
+__all__ = ["Int8Linear", "convert_to_int8"]
+
 
 def convert_to_int8(model: PreTrainedModel, skip_modules: Sequence[str] | None) -> list[str]:
     """Replaces linear layers in place, one at a time, freeing each 16-bit weight at once.
