@@ -78,7 +78,7 @@ def settings(args: argparse.Namespace, output: Path, batch: int) -> Any:
                 "lr_scheduler_type": "constant",
             },
         }
-    )
+    ).config
 
 
 def prepared(args: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -168,7 +168,9 @@ def child(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     found = run_glasstune(args) if args.side == "glasstune" else run_transformers(args)
-    found["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    found["cpu_seconds"] = usage.ru_utime + usage.ru_stime
+    found["peak_rss"] = usage.ru_maxrss * 1024
     print(json.dumps(found), flush=True)
 
 
@@ -214,8 +216,8 @@ def source(args: argparse.Namespace, folder: Path) -> Path:
 
 def table(args: argparse.Namespace, results: list[dict[str, Any]], rows: int) -> str:
     lines = [
-        "| base | side | trained rows/s | peak RSS, MiB | seconds | last loss |",
-        "|---|---|---|---|---|---|",
+        "| base | side | trained rows/s | peak RSS, MiB | seconds | CPU s, whole process | last loss |",
+        "|---|---|---|---|---|---|---|",
     ]
     for bits in args.bits:
         best: dict[str, tuple[float, float]] = {}
@@ -223,16 +225,17 @@ def table(args: argparse.Namespace, results: list[dict[str, Any]], rows: int) ->
             mine = [r for r in results if r["side"] == side and r["bits"] == bits]
             seconds = statistics.median(r["seconds"] for r in mine)
             peak = statistics.median(r["peak_rss"] for r in mine)
+            cpu = statistics.median(r["cpu_seconds"] for r in mine)
             loss = statistics.mean(mine[0]["losses"][-3:])
             best[side] = (rows / seconds, peak)
             lines.append(
                 f"| {bits} bit | {side} | {rows / seconds:.2f} | {peak / 2**20:,.0f} "
-                f"| {seconds:.1f} | {loss:.3f} |"
+                f"| {seconds:.1f} | {cpu:.0f} | {loss:.3f} |"
             )
         ours, theirs = best["glasstune"], best["transformers"]
         lines.append(
             f"| {bits} bit | **ratio** | **{ours[0] / theirs[0]:.2f} x** "
-            f"| **{ours[1] / theirs[1]:.2f} x** | | |"
+            f"| **{ours[1] / theirs[1]:.2f} x** | | | |"
         )
     return "\n".join(lines)
 
