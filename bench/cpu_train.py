@@ -216,7 +216,7 @@ def source(args: argparse.Namespace, folder: Path) -> Path:
 
 def table(args: argparse.Namespace, results: list[dict[str, Any]], rows: int) -> str:
     lines = [
-        "| base | side | trained rows/s | peak RSS, MiB | seconds | CPU s, whole process | last loss |",
+        "| base | side | trained rows/s | peak RSS, MiB | seconds | CPU s | last loss |",
         "|---|---|---|---|---|---|---|",
     ]
     for bits in args.bits:
