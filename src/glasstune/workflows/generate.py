@@ -83,26 +83,41 @@ def generate_opened(
         progress: Bars and log.
         **options: Of `generation.generate_ids`.
     """
-    from glasstune.generation import generate_texts
+    from glasstune.generation import generate_texts, stop_ids
 
-    ids = [encode(opened, messages, tools) for messages, tools in conversations]
+    ids = [
+        encode(opened, messages, tools, f"prompt {index + 1}")
+        for index, (messages, tools) in enumerate(conversations)
+    ]
+    stops = {*stop_ids(opened.tokenizer, opened.model), *opened.template.stop_ids}
     return generate_texts(
-        opened.model, opened.tokenizer, ids, max_positions=opened.facts.max_positions,
-        precision=opened.precision, progress=progress, **options,
+        opened.model, opened.tokenizer, ids, stops=sorted(stops), progress=progress,
+        max_positions=opened.facts.max_positions, precision=opened.precision, **options,
     )  # fmt: skip
 
 
-def encode(opened: OpenModel, messages: Messages, tools: Any = None) -> list[int]:
-    """Ids of a prompt as training made them; as plain text where the model has no template."""
-    template = opened.template()
-    if template is None:
+def encode(opened: OpenModel, messages: Messages, tools: Any, where: str) -> list[int]:
+    """Ids of a prompt as training made them; a plain text where the model has no template.
+
+    Raises:
+        InputError: The template refuses the conversation, or there is none for it.
+    """
+    from glasstune.data.encode import encode_prompt
+    from glasstune.data.errors import RowError
+
+    prompt: Any = messages
+    system = None
+    roles = [message["role"] for message in messages]
+    if opened.template.kind == "none" and roles in (["user"], ["system", "user"]):
         opened.choices.record(
             "chat_template", "none", "the model has no template: the prompt is plain text"
         )
-        text = "\n".join(str(message["content"]) for message in messages)
-        ids: list[int] = opened.tokenizer(text)["input_ids"]
-        return ids
-    return list(template.render_prompt(messages, tools))
+        prompt = messages[-1]["content"]
+        system = messages[0]["content"] if len(messages) == 2 else None
+    try:
+        return encode_prompt(opened.tokenizer, opened.template, prompt, system=system, tools=tools)
+    except RowError as error:
+        raise InputError(error.code, error.message, where=where, fix=error.fix) from error
 
 
 def generate_file(

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from glasstune.core.facts import ModelFacts
     from glasstune.data.template import ChatTemplate
+    from glasstune.models.head import HeadSplit
 
 ADAPTER_CONFIG = "adapter_config.json"
-TEMPLATE_FILE = "glasstune_template.json"
 _STEP = re.compile(r"step-\d+")
 
 
@@ -52,6 +52,9 @@ class OpenModel:
         model: The model, with its adapter unless that was left out.
         tokenizer: The one saved with the adapter, else the base's.
         facts: Of the base.
+        template: The chat template saved with the adapter, else the tokenizer's own; its kind is
+            `none` where there is neither.
+        split: The base before and behind its head.
         device: Where it lives.
         vocabulary: Entries of its output head.
         precision: Opens the context of a forward: autocast as in training.
@@ -62,21 +65,12 @@ class OpenModel:
     model: Any
     tokenizer: Any
     facts: ModelFacts
+    template: ChatTemplate
+    split: HeadSplit
     device: torch.device
     vocabulary: int
     precision: Callable[[], AbstractContextManager[Any]]
     choices: Choices
-
-    def template(self) -> ChatTemplate | None:
-        """The template saved with the adapter, else the tokenizer's; None where there is none."""
-        from glasstune.data.template import load_template, resolve_template
-
-        adapter = self.location.adapter
-        if adapter is not None and (adapter / TEMPLATE_FILE).is_file():
-            return load_template(adapter, self.tokenizer)
-        if not self.tokenizer.chat_template:
-            return None
-        return resolve_template(self.tokenizer, None, {})
 
 
 def locate(target: str, checkpoint: str | None = None) -> Location:
@@ -140,42 +134,62 @@ def open_model(
             setattr(location.model, key, value)
     import torch
 
-    from glasstune.adapters import load_adapter_for_inference
-    from glasstune.data.tokenizer import load_tokenizer
+    from glasstune.adapters.inject import keep_activation_dtype, load_adapter_for_inference
     from glasstune.models.facts import model_facts
-    from glasstune.models.load import load_base
+    from glasstune.models.families.install import install_packing
+    from glasstune.models.head import split_head
+    from glasstune.models.load import autocast_dtype, load_base
     from glasstune.models.resolve import resolve_model
-    from glasstune.training.precision import autocast_dtype
 
     config = location.model
     resolved = resolve_model(
         config.path, trust_remote_code=config.trust_remote_code, choices=choices
     )
-    tokenizer_folder = resolved.folder_or_id
-    if location.adapter is not None and (location.adapter / "tokenizer_config.json").is_file():
-        tokenizer_folder = choices.record(
-            "tokenizer", str(location.adapter), "the one saved with the adapter"
-        )
-    tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=config.trust_remote_code)
-    model: Any = load_base(config, resolved, choices=choices)
+    tokenizer, template = _tokenizer(location, resolved.folder_or_id, choices)
+    facts = model_facts(resolved.config)
+    base = load_base(config, resolved, choices=choices)
+    if facts.can_pack:
+        install_packing(base)
+    split = split_head(base)  # before adapters: its probe runs outside autocast
+    dtype = autocast_dtype(base)
+    device = base.device
+    model: Any = base
     if location.adapter is not None and not no_adapter:
-        model = load_adapter_for_inference(model, location.adapter)
+        model = load_adapter_for_inference(base, location.adapter)
+        if dtype is not None:
+            keep_activation_dtype(model)
         choices.record("adapter", str(location.adapter), "the one asked for")
     model.eval()
-    device = next(model.parameters()).device
-    dtype = autocast_dtype(model, config, device)
     return OpenModel(
         location=location,
         model=model,
         tokenizer=tokenizer,
-        facts=model_facts(resolved.config),
+        facts=facts,
+        template=template,
+        split=split,
         device=device,
-        vocabulary=int(model.get_output_embeddings().weight.shape[0]),
+        vocabulary=int(split.weight.shape[0]),
         precision=nullcontext
         if dtype is None
         else lambda: torch.autocast(device.type, dtype=dtype),
         choices=choices,
     )
+
+
+def _tokenizer(location: Location, base: str, choices: Choices) -> tuple[Any, ChatTemplate]:
+    """Tokenizer and template: those saved with the adapter, else the base's."""
+    from glasstune.data.template import load_template, resolve_template
+    from glasstune.data.tokenizer import load_tokenizer
+
+    trust = location.model.trust_remote_code
+    adapter = location.adapter
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        choices.record("tokenizer", str(adapter), "the one saved with the adapter")
+        tokenizer = load_tokenizer(str(adapter), trust_remote_code=trust)
+        return tokenizer, load_template(adapter, tokenizer)
+    tokenizer = load_tokenizer(base, trust_remote_code=trust)
+    name = None if tokenizer.chat_template else "none"
+    return tokenizer, resolve_template(tokenizer, name, {})
 
 
 def _is_run(folder: Path) -> bool:
