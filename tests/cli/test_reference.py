@@ -13,8 +13,11 @@ from glasstune.core.config_fields import known_keys, schema
 ROOT = Path(__file__).parents[2]
 
 
+TEXT = page()
+
+
 def test_the_page_is_not_stale():
-    assert (ROOT / PAGE).read_text(encoding="utf-8") == page(), (
+    assert (ROOT / PAGE).read_text(encoding="utf-8") == TEXT, (
         "write it again: python -m glasstune.cli.reference"
     )
 
@@ -24,7 +27,7 @@ def test_help_shows_every_option_of_the_page(name):
     text = io.StringIO()
     with redirect_stdout(text):
         assert run([name, "--help"]) == 0
-    section = page().split(f"### `glasstune {name}`\n")[1].split("###")[0]
+    section = TEXT.split(f"### `glasstune {name}`\n")[1].split("###")[0]
     for spelling, _, _ in options_of(name):
         for option in re.findall(r"--[a-z-]+", spelling):
             assert option in text.getvalue()
@@ -32,7 +35,7 @@ def test_help_shows_every_option_of_the_page(name):
 
 
 def test_the_page_has_every_key_of_the_schema():
-    text = page()
+    text = TEXT
     for path, key in known_keys().items():
         if not key.section:
             assert f"| `{path}` |" in text
@@ -44,4 +47,4 @@ def test_the_page_has_every_key_of_the_schema():
 
 def test_every_command_of_the_contract_is_on_the_page():
     for name in ORDER:
-        assert f"### `glasstune {name}`" in page()
+        assert f"### `glasstune {name}`" in TEXT

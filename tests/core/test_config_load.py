@@ -75,6 +75,7 @@ def test_every_wrong_key_is_named():
         ("training: {learning_rat: 1}", "training.learning_rate"),
         ("training: {sed: 1}", "training.seed"),
         ("model: {learning_rate: 1e-4, path: m}", "training.learning_rate"),
+        ("model: {pth: m}", "model.path"),
         ("modl: {path: m}", "model"),
         ("losses: [{name: a, weght: 2}]", "losses.N.weight"),
         ("audit: {first_step_gat: off}", "audit.first_step_gate"),
