@@ -14,7 +14,7 @@ from glasstune.core.errors import InputError
 from glasstune.models.facts import model_facts
 from glasstune.models.families import documents
 from glasstune.models.families.install import install_packing, packing_kwargs
-from glasstune.models.families.table import FAMILIES
+from glasstune.models.families.table import FAMILIES, Family
 
 LENGTH = 22
 LENGTHS = ((7, 9, 4), (11, 3))
@@ -204,3 +204,10 @@ def test_an_attention_chosen_by_name_stays_and_packs_by_mask():
     assert "mask" in install_packing(model)
     assert model.config._attn_implementation == "eager"
     assert worst(packed_logits(model, rows), alone) <= 2e-5
+
+
+def test_a_leak_of_another_version_is_seen_at_once(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "gpt_oss", Family("mask", attention="eager"))
+    with pytest.raises(InputError, match="sees the one before it") as caught:
+        install_packing(family_model("gpt_oss"))
+    assert "data.packing=false" in caught.value.fix

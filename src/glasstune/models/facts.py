@@ -54,6 +54,7 @@ def _packing(config: Any) -> tuple[bool, str]:
     how = {
         "documents": "each document is attended on its own",
         "mask": "a mask keeps documents apart",
+        "blocks": "a mask keeps documents apart",
         "bloom": "ALiBi and mask restart with each document",
     }[family.packing]
     return True, f"{config.model_type}: {how}, positions restart; proven by test"

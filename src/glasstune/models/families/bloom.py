@@ -17,8 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomModel, build_alibi_tensor
 
-from glasstune.models.families.documents import Bounds
-
 
 def install(model: PreTrainedModel) -> None:
     """Replaces the ALiBi builder of a BLOOM model (idempotent); 2-D masks are treated as before."""
@@ -38,16 +36,3 @@ def _build_alibi(self: Any, attention_mask: Tensor, num_heads: int, dtype: torch
     slope_H: Tensor = build_alibi_tensor(ones, num_heads, torch.float32)[:, 0, 1]
     alibi = slope_H[None, :, None] * position_RL[:, None, :]
     return alibi.reshape(rows * num_heads, 1, length).to(dtype)
-
-
-def packed_mask(bounds: Bounds, device: torch.device | str) -> Tensor:
-    """Returns the additive block-causal mask, float32 [R, 1, L, L]: 0 allowed, else the minimum."""
-    length = bounds[0][-1]
-    document_RL = torch.zeros(len(bounds), length, dtype=torch.long)
-    for row, ends in enumerate(bounds):
-        document_RL[row, [end for end in ends[1:-1] if end < length]] = 1
-    document_RL = document_RL.cumsum(-1).to(device)
-    allowed = document_RL[:, None, :, None] == document_RL[:, None, None, :]
-    allowed = allowed & torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    lowest = torch.finfo(torch.float32).min
-    return torch.zeros(allowed.shape, device=device).masked_fill(~allowed, lowest)

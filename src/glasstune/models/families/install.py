@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from glasstune.core.errors import InputError
 from glasstune.models.families import bloom, documents
+from glasstune.models.families.masks import additive, block_mask
 from glasstune.models.families.table import family_of
+
+_PROBE = 5  # tokens of each of the two documents of the probe
 
 
 def install_packing(model: PreTrainedModel) -> str:
-    """Makes a model able to keep the documents of one row apart.
+    """Makes a model able to keep the documents of one row apart, and looks whether it does.
 
     Unpacked calls, evaluation and generation compute what they did before.
 
@@ -25,25 +28,31 @@ def install_packing(model: PreTrainedModel) -> str:
         How it is done, in words (for `run.json`).
 
     Raises:
-        InputError: `cannot_pack`: the family has no proven packing.
+        InputError: `cannot_pack`: the family has no proven packing, or (another version of
+            transformers) a document sees the one before it.
     """
     family = family_of(model.config)
     if family is None:
-        raise InputError(
-            "cannot_pack",
-            f"the architecture {model.config.model_type} has no proven packing",
-            where="data.packing",
-            fix="set data.packing=false",
-        )
+        raise _cannot_pack(f"the architecture {model.config.model_type} has no proven packing")
     if family.packing == "bloom":
         bloom.install(model)
-        return "ALiBi and causal mask restart with each document"
-    if family.packing == "documents" and _uses_documents(model):
-        documents.register()
-        model.set_attn_implementation(documents.NAME)
-        if model.config._attn_implementation == documents.NAME:
-            return "attention runs one document at a time"
-    return "4-D mask from restarting positions"
+        how = "ALiBi and causal mask restart with each document"
+    elif family.packing == "blocks":
+        how = "block-causal 4-D mask"
+    else:
+        if family.packing == "documents" and _uses_documents(model):
+            documents.register()
+            model.set_attn_implementation(documents.NAME)
+        # Some families do not let it be set in older versions of transformers.
+        alone = model.config._attn_implementation == documents.NAME
+        how = "attention runs one document at a time" if alone else "4-D mask from positions"
+    leak = _leak(model)
+    if leak > 1e-3:
+        raise _cannot_pack(
+            f"with this version of transformers a document of {model.config.model_type} sees the "
+            f"one before it in the row (logits move by {leak:.2g} of their size)"
+        )
+    return how
 
 
 def packing_kwargs(
@@ -51,8 +60,8 @@ def packing_kwargs(
 ) -> dict[str, Any]:
     """Returns what a packed forward needs beside `input_ids` and `position_ids`.
 
-    Call `model(input_ids=..., position_ids=..., attention_mask=None, use_cache=False, **these)`;
-    `attention_mask` is in the dictionary where the family needs one, so pass the mask through it.
+    Call `model(input_ids=..., position_ids=..., use_cache=False, **these)`; `attention_mask` is
+    among them.
 
     Args:
         model: A model that `install_packing` has seen, bare or with adapters around it.
@@ -61,11 +70,43 @@ def packing_kwargs(
     """
     config: Any = model.config
     family = family_of(config)
-    if family is not None and family.packing == "bloom":
-        return {"attention_mask": bloom.packed_mask(bounds, device)}
     if config._attn_implementation == documents.NAME:
         return {"attention_mask": None, documents.BOUNDS_KEYWORD: bounds}
+    if family is not None and family.packing in ("bloom", "blocks"):
+        allowed = block_mask(bounds, device)
+        plain = family.packing == "blocks" and config._attn_implementation == "sdpa"
+        return {"attention_mask": allowed if plain else additive(allowed)}
     return {"attention_mask": None}
+
+
+def _leak(model: PreTrainedModel) -> float:
+    """Returns how far a document's logits move when the one before it changes, 0 = not at all."""
+    embedding: Any = model.get_input_embeddings()
+    device = embedding.weight.device
+    count = torch.arange(2 * _PROBE, device=device)
+    one = (count * 7919 % embedding.weight.shape[0]).unsqueeze(0)
+    other = torch.where(count < _PROBE, (one + 1) % embedding.weight.shape[0], one)
+    positions = (count % _PROBE).unsqueeze(0)
+    extra = packing_kwargs(model, ((0, _PROBE, 2 * _PROBE),), device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+
+    def second(ids: Tensor) -> Tensor:
+        out = model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
+        logits: Tensor = out.logits[0, _PROBE:]
+        return logits.float()
+
+    try:
+        with torch.no_grad():
+            before, after = second(one), second(other)
+    finally:
+        for module in training:
+            module.training = True
+    return float((before - after).abs().max() / before.abs().max().clamp_min(1e-30))
+
+
+def _cannot_pack(says: str) -> InputError:
+    return InputError("cannot_pack", says, where="data.packing", fix="set data.packing=false")
 
 
 def _uses_documents(model: PreTrainedModel) -> bool:

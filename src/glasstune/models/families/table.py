@@ -4,8 +4,10 @@
 
 - `documents`: one causal product a document (`documents.py`); on other devices than the CPU the
   4-D mask that transformers makes from restarting positions.
-- `mask`: always that 4-D mask, since the family's attention is not an attention function that
-  can be exchanged, or computes something that `documents.py` does not (a soft cap).
+- `mask`: always that 4-D mask, since the family's attention computes something that
+  `documents.py` does not (a soft cap).
+- `blocks`: a 4-D mask of our own (`masks.py`): transformers makes none for it (Falcon in 5.17), or
+  its layers do not hand keywords on. Only for families without sliding windows.
 - `bloom`: `bloom.py`.
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Packing = Literal["documents", "mask", "bloom"]
+Packing = Literal["documents", "mask", "blocks", "bloom"]
 Positions = Literal["rope", "learned", "alibi"]
 
 
@@ -38,7 +40,7 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family("documents"),
     "cohere2": Family("documents"),
     "exaone4": Family("documents"),
-    "falcon": Family("mask"),
+    "falcon": Family("blocks"),
     "gemma": Family("documents"),
     "gemma2": Family("mask", attention="eager"),
     "gemma3_text": Family("documents"),
@@ -60,7 +62,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("documents"),
     "qwen3_moe": Family("documents"),
     "smollm3": Family("documents"),
-    "stablelm": Family("mask"),
+    "stablelm": Family("blocks"),
     "starcoder2": Family("documents"),
 }
 
