@@ -1,0 +1,1 @@
+"""Merge, certificate, GGUF. Not built yet."""

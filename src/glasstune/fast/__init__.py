@@ -1,0 +1,1 @@
+"""Puts kernels, grouping and compile onto a PEFT model. Not built yet."""

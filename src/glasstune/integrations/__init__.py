@@ -1,0 +1,1 @@
+"""Callback and term loss for other trainers. Not built yet."""

@@ -1,0 +1,1 @@
+"""Bytes and seconds before the start. Not built yet."""

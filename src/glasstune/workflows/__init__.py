@@ -1,0 +1,1 @@
+"""One function a command: config in, record out; this is the Python API."""

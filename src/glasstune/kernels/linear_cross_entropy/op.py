@@ -62,7 +62,7 @@ def linear_cross_entropy(
         )
     if hidden_Nd.dtype != weight_Vd.dtype:
         raise ValueError(f"hidden is {hidden_Nd.dtype}, the head's weight {weight_Vd.dtype}")
-    sums: tuple[Tensor, Tensor] = FrozenHeadLoss.apply(
+    sums: tuple[Tensor, Tensor] = FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden_Nd,
         weight_Vd,
         targets_N,
