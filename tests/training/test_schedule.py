@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from glasstune.core.config import TrainingConfig
-from glasstune.training.batching import Schedule
+from glasstune.core.choices import Choices
+from glasstune.core.config import Config, TrainingConfig
+from glasstune.data.packing import PackedSet
+from glasstune.training.batching import Schedule, make_schedule
 from glasstune.training.dropout import RowDropout, RowSeeds, mix
 from glasstune.training.schedule import learning_rate
 
@@ -45,6 +48,20 @@ def test_fraction_of_an_epoch_and_max_steps() -> None:
     assert Schedule(10, 4, 4, 1.5, -1).update_sizes(1, 0) == [4, 1]
     assert Schedule(10, 4, 4, 0.25, -1).total == 1
     assert Schedule(10, 4, 4, 3, 7).total == 7
+
+
+def test_a_small_data_set_gets_a_smaller_batch_and_the_user_is_obeyed() -> None:
+    choices = Choices()
+    data = PackedSet((), tuple(np.zeros(1, np.int32) for _ in range(73)), True, 1024)
+    config = Config(model={"path": "m"}, data={"sources": [{"path": "d"}]})
+    schedule = make_schedule(config, data, "cpu", choices)
+    assert schedule.batch == config.training.train_batch_size == 4
+    assert schedule.updates_per_epoch == 19
+    assert "5 updates an epoch" in choices.get("training.train_batch_size").reason
+    asked = Config(
+        model={"path": "m"}, data={"sources": [{"path": "d"}]}, training={"train_batch_size": 16}
+    )
+    assert make_schedule(asked, data, "cpu", Choices()).batch == 16
 
 
 def test_row_dropout_depends_on_the_row_alone() -> None:

@@ -8,13 +8,23 @@ from dataclasses import dataclass
 
 from glasstune.core.batch import MicroBatch
 from glasstune.core.choices import Choices
-from glasstune.core.config import Config
+from glasstune.core.config import Config, TrainingConfig
 from glasstune.data.loader import batches
 from glasstune.data.packing import PackedSet
 
 # Tokens of one forward while the memory plan is not asked. A 2-core CPU gained nothing beyond
 # 2,048; an H100 is full at 8,192.
 TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 8192}
+
+
+# A few hundred short rows fill few packs: at 16 packs an update, 500 rows would give 5 updates an
+# epoch, too few for any learning rate.
+UPDATES_PER_EPOCH = 16
+_BATCH_KEYS = {
+    "train_batch_size",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+}
 
 
 @dataclass(frozen=True)
@@ -68,8 +78,10 @@ class Schedule:
 
 
 def make_schedule(config: Config, data: PackedSet, device: str, choices: Choices) -> Schedule:
-    """Resolves batch sizes; `auto` ones are chosen and recorded."""
+    """Resolves batch sizes; what the user left open is chosen and recorded."""
     training = config.training
+    if not _BATCH_KEYS & training.model_fields_set:
+        _fit_batch(training, data.rows, choices)
     batch = training.train_batch_size
     micro = training.per_device_train_batch_size
     if micro == "auto" and isinstance(training.gradient_accumulation_steps, int):
@@ -84,6 +96,20 @@ def make_schedule(config: Config, data: PackedSet, device: str, choices: Choices
             f"train_batch_size {batch}; any split gives the same update",
         )
     return Schedule(data.rows, batch, int(micro), training.num_train_epochs, training.max_steps)
+
+
+def _fit_batch(training: TrainingConfig, rows: int, choices: Choices) -> None:
+    """Halves the default batch until an epoch has `UPDATES_PER_EPOCH` updates."""
+    default = batch = training.train_batch_size
+    while batch > 1 and rows / batch < UPDATES_PER_EPOCH:
+        batch //= 2
+    if batch != default:
+        training.train_batch_size = choices.record(
+            "training.train_batch_size",
+            batch,
+            f"{default} would give {math.ceil(rows / default)} updates an epoch from {rows} rows; "
+            f"this gives {math.ceil(rows / batch)}",
+        )
 
 
 @dataclass(frozen=True)

@@ -150,8 +150,7 @@ class _Session:
         if not split.proven:
             self.choices.record("loss.full_logits", True, split.reason)
         torch.manual_seed(self.config.training.seed)
-        if self.config.training.deterministic:
-            torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(self.config.training.deterministic)
         adapter = self.config.adapter
         if adapter.path is not None:
             model = start_from(base, adapter.path)
