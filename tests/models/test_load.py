@@ -116,9 +116,19 @@ def test_int8_keeps_a_skip_list_and_says_how_many(tiny_llama):
     assert kinds["model.layers.0.self_attn.q_proj"] is nn.Linear
     assert kinds["model.layers.0.self_attn.k_proj"] is Int8Linear
     assert kinds["lm_head"] is nn.Linear
-    choice = choices.get("model.int8_layers")
+    choice = choices.get("model.quantized_layers")
     assert choice is not None
     assert choice.value == 12
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 8}])
+def test_a_model_of_which_nothing_converts_is_an_error(options, tmp_path):
+    """Falcon's linear layers are a class of their own: it would stay at 16 bit unsaid."""
+    folder = save_tiny_model(tmp_path / "falcon", "falcon", alibi=False)
+    with pytest.raises(InputError) as caught:
+        load(folder, **options)
+    assert caught.value.code == "nothing_quantized"
+    assert "falcon" in caught.value.message
 
 
 def test_conv1d_weights_are_turned(tmp_path):

@@ -18,6 +18,7 @@ from glasstune.models.quantization import (
     bnb_config,
     guard_cpu_4bit,
     is_packed_weight,
+    is_quantized,
 )
 from glasstune.models.quiet import quiet_transformers
 from glasstune.models.resolve import ResolvedModel
@@ -59,12 +60,10 @@ def load_base(config: ModelConfig, resolved: ResolvedModel, *, choices: Choices)
         options["device_map"] = {"": str(device)}
     model = _read(resolved, options)
     if ours:
-        skip = config.quantization.get("llm_int8_skip_modules")
-        converted = convert_to_int8(model, skip)
-        choices.record(
-            "model.int8_layers", len(converted), "exactly nn.Linear or Conv1D, not the head"
-        )
+        convert_to_int8(model, config.quantization.get("llm_int8_skip_modules"))
         model.to(device)
+    if own is None and config.bits != 16:
+        _say_converted(model, config, choices)
     if compute != dtype:
         _cast_floats(model, dtype, compute)
     guard_cpu_4bit(model)
@@ -143,6 +142,27 @@ def _say_own_quantization(own: Any, config: ModelConfig, choices: Choices) -> No
         "model.quantization",
         str(getattr(method, "value", method)),
         f"the checkpoint is quantised already; its own settings win over model.bits={config.bits}",
+    )
+
+
+def _say_converted(model: PreTrainedModel, config: ModelConfig, choices: Choices) -> None:
+    """Notes how many layers a 4- or 8-bit load converted; none at all is an error."""
+    linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    small = [name for name in linear if is_quantized(model.get_submodule(name))]
+    if not small:
+        raise InputError(
+            "nothing_quantized",
+            f"none of the {len(linear)} linear layers of {model.config.model_type} could be stored "
+            f"at {config.bits} bit: only modules of exactly nn.Linear or Conv1D are, outside the "
+            "skip list and not offloaded",
+            where="model.bits",
+            fix="set model.bits=16, or change model.quantization",
+        )
+    choices.record(
+        "model.quantized_layers",
+        len(small),
+        f"stored at {config.bits} bit: exactly nn.Linear or Conv1D; the head, what is tied and the "
+        "skip list stay",
     )
 
 

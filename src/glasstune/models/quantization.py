@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from glasstune.core.choices import Choices
 from glasstune.core.config import ModelConfig
 from glasstune.core.errors import InputError
+from glasstune.kernels.int8_linear import Int8Linear
 
 _LLM_INT8_ONLY = ("llm_int8_threshold", "llm_int8_has_fp16_weight")
 _WHERE = "model.quantization"
@@ -188,6 +189,14 @@ def adam_8bit(
         list(parameters), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
     )
     return built
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with 4- or 8-bit weights, bitsandbytes' or our own."""
+    import bitsandbytes
+
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt, Int8Linear)
+    return isinstance(module, kinds)
 
 
 def is_packed_weight(parameter: torch.Tensor) -> bool:
