@@ -171,6 +171,7 @@ def test_t07_own_added_tokens_are_named() -> None:
     assert "<|im_end|>" not in found.message  # the template's own tokens are no news
     assert "trainable_token_indices" in found.fix
     assert "added_tokens_used" not in codes(prepare(alpaca(2), tokenizer))
+    assert "added_tokens_used" not in codes(prepare([{"text": "a b"}], BASE))  # only its </s>
 
 
 def test_control_tokens_in_texts_are_said() -> None:

@@ -75,6 +75,12 @@ def answer(style: str, messages: Any, turn: int, **kwargs: Any) -> str:
         return " " + str(text.strip()) + " </s>"
     if style == "bare":
         return " " + text + ("\n</s>" if last else "")
+    if style == "glm":
+        return str(text) + ("</s>" if last else "<|user|>")
+    if style == "harmony":
+        return "<|message|>" + text + ("<|return|>" if last else "<|end|>")
+    if style == "forced":
+        return str(text) + "<|end|><|return|>"
     return str(text) + "<|im_end|>"
 
 
@@ -89,7 +95,9 @@ def test_t04_e04_trained_text_and_ids_are_exact(style: str, messages: Any) -> No
     )
     rendered = reference_ids(used, messages)
     assert ids[: len(rendered)] == rendered
-    assert ids[len(rendered) :] == ([used.tokenizer.eos_token_id] if style == "bare" else [])
+    assert ids[len(rendered) :] == (
+        [used.tokenizer.eos_token_id] if style in ("bare", "glm") else []
+    )
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     last, only = used.encode(messages, train_on="last_assistant")
     assert last == ids
@@ -97,7 +105,7 @@ def test_t04_e04_trained_text_and_ids_are_exact(style: str, messages: Any) -> No
     assert used.encode(messages, train_on="all") == (ids, ids)
 
 
-@pytest.mark.parametrize("style", list(TEMPLATES))
+@pytest.mark.parametrize("style", [s for s in TEMPLATES if s != "forced"])
 @pytest.mark.parametrize("messages", [ONE, TWO, SYSTEM], ids=["one", "two", "system"])
 def test_t03_prompt_ids_of_training_are_those_of_generation(style: str, messages: Any) -> None:
     used = template(style)
@@ -183,6 +191,42 @@ def test_tool_calls_are_trained_with_their_end_and_results_are_not() -> None:
         "qwen3", CALL, 3
     )
     assert used.traits.renders_tools
+
+
+def test_tool_calls_without_an_end_token_stop_at_the_next_turn() -> None:
+    used = template("glm")
+    _, labels = used.encode(CALL)
+    call = '<tool_call>get\n{"city": "</s> Paris"}</tool_call><|tool|>'
+    assert trained_text(used.tokenizer, labels) == call + "It rains</s>"
+
+
+def test_tool_calls_with_an_end_token_of_their_own() -> None:
+    used = template("harmony")
+    _, labels = used.encode(CALL)
+    assert trained_text(used.tokenizer, labels) == (
+        ' to=get<|message|>{"city": "</s> Paris"}<|call|><|message|>It rains<|return|>'
+    )
+    assert used.tokenizer.convert_ids_to_tokens(used.stop_ids) == ["<|return|>", "<|end|>"]
+
+
+def test_prompt_that_forces_thoughts_is_drift_unless_switched_off() -> None:
+    used = template("forced")
+    row = encode_examples(used, [Example("chat", messages=ONE)], "assistant")[0]
+    assert not isinstance(row, RowError)
+    assert row.drifted
+    assert trained_text(used.tokenizer, row.labels) == "yes<|end|><|return|>"
+    off = template("forced", enable_thinking=False)
+    for content in ("yes", ""):
+        chat = [USER, {"role": "assistant", "content": content}]
+        row = encode_examples(off, [Example("chat", messages=chat)], "assistant")[0]
+        assert not isinstance(row, RowError)
+        assert not row.drifted
+        assert trained_text(off.tokenizer, row.labels) == content + "<|end|><|return|>"
+    # Where the template moves or drops the text's start, what the prompt shares is context.
+    for content, left in (("", ""), ("<think>hm</think>yes", "yes")):
+        chat = [USER, {"role": "assistant", "content": content}]
+        labels = used.encode(chat)[1]
+        assert trained_text(used.tokenizer, labels) == f"</think>{left}<|end|><|return|>"
 
 
 @pytest.mark.parametrize("style", ["chatml", "llama3"])

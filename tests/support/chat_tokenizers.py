@@ -125,7 +125,51 @@ BARE = (
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 
+# No end token: an answer stops at the token that opens the next turn.
+GLM = """\
+{%- for m in messages %}
+    {{- '<|' + m.role + '|>\\n' + m.content }}
+    {%- for call in m.tool_calls or [] %}
+        {{- '<tool_call>' + call.function.name + '\\n' + call.function.arguments | tojson }}
+        {{- '</tool_call>' }}
+    {%- endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
+
+# Other end tokens in the middle, at the end and behind a call; the tool's turn names the function.
+HARMONY = """\
+{%- for m in messages %}
+    {%- if m.tool_calls %}
+        {{- '<|start|>assistant to=' + m.tool_calls[0].function.name + '<|message|>' }}
+        {{- m.tool_calls[0].function.arguments | tojson + '<|call|>' }}
+    {%- elif m.role == 'tool' %}
+        {{- '<|start|>' + messages[loop.index0 - 1].tool_calls[0].function.name + '<|message|>' }}
+        {{- m.content | tojson + '<|end|>' }}
+    {%- else %}
+        {{- '<|start|>' + m.role + '<|message|>' + m.content }}
+        {{- '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
+
+# Two end tokens, and a prompt that opens thoughts unless told not to.
+FORCED = """\
+{%- for m in messages %}
+    {{- '<|start|>' + m.role + '<|message|>' }}
+    {%- if m.role == 'assistant' %}
+        {{- '<think></think>' + m.content.split('</think>')[-1] }}
+    {%- else %}{{- m.content }}{%- endif %}
+    {{- '<|end|><|return|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start|>assistant<|message|><think>' }}
+    {{- '</think>' if enable_thinking is false else '\\n' }}
+{%- endif %}"""
+
 TEMPLATES = {
+    "glm": GLM,
+    "harmony": HARMONY,
+    "forced": FORCED,
     "chatml": CHATML,
     "qwen3": QWEN3,
     "llama3": LLAMA3,
@@ -141,6 +185,15 @@ SPECIAL = [
     "<|start_header_id|>",
     "<|end_header_id|>",
     "<|eot_id|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|tool|>",
+    "<|start|>",
+    "<|message|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
 ]
 
 
@@ -151,7 +204,7 @@ def _backend(add_bos: bool) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=440, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     for word in ("<think>", "</think>", "<tool_call>", "</tool_call>"):
@@ -174,6 +227,7 @@ def chat_tokenizer(style: str | None = None, *, add_bos: bool = False, **options
         options: Settings of the tokenizer, for example `pad_token`.
     """
     ends = {"llama3": "<|eot_id|>", "llama2": "</s>", "bare": "</s>", None: "</s>"}
+    ends |= {"glm": "</s>", "harmony": "<|return|>", "forced": "<|return|>"}
     options = {"bos_token": "<s>", "eos_token": ends.get(style, "<|im_end|>"), **options}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_backend(add_bos)), **options

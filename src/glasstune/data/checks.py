@@ -25,8 +25,9 @@ def note_row(ledger: Ledger, origin: str, row: Encoded) -> None:
             origin,
             "in {count} rows the ids before an answer are not those that the same conversation has "
             "when the answer is generated",
-            "where the template treats earlier turns otherwise (Qwen3), data.train_on: "
-            "last_assistant trains only what generation will see",
+            "where the prompt opens with thoughts that the answers lack, set "
+            "data.chat_template_kwargs: {enable_thinking: false}; where earlier turns differ "
+            "(Qwen3), data.train_on: last_assistant",
         )
     if row.split:
         ledger.note(

@@ -173,8 +173,7 @@ def _rendered(template: ChatTemplate, example: Example) -> Rendered | RowError:
         # An empty `{% generation %}` block marks nothing, and its end token would go untrained.
         if template.has_generation_markers and not empty:
             return marked_spans(template, example.messages, example.tools)
-        ends = template.traits.end_tokens
-        return find_spans(template.text, example.messages, example.tools, ends)
+        return find_spans(template.text, example.messages, example.tools, template.traits)
     except RowError as error:
         return error
 

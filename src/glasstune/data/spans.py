@@ -10,8 +10,9 @@ template does, and the places of the marks are the places of the texts. If not, 
   `add_generation_prompt=True` renders after the text of the turn before is context, everything
   after it is trained (with the same template variables, so Qwen3's empty think block is context
   with `enable_thinking: false` and trained without it).
-- It ends with the first end token after the text (of a tool call: the last one before the next
-  turn). The line break after the end token is not trained.
+- It ends with the template's end token after the text (of a tool call: with the token that the
+  call's own rendering closes with). The line break after the end token is not trained. Where a
+  template writes none (GLM), the token that opens the next turn is what the answer stops at.
 """
 
 from __future__ import annotations
@@ -45,16 +46,21 @@ class TemplateTraits:
     """What a template does, learnt from two probe conversations.
 
     Args:
-        end_tokens: Tokens that close an assistant's turn; empty where it writes none.
+        end_tokens: What closes an assistant's turn, one token or several in a row (Cohere); empty
+            where it writes nothing.
         has_generation_prompt: Whether it opens the assistant's turn when asked to.
         renders_tools: Whether the list of tools shows in its text.
-        sample: The two-turn probe as rendered, for messages.
+        token: Pattern of all added and special tokens.
     """
 
     end_tokens: tuple[str, ...]
     has_generation_prompt: bool
     renders_tools: bool
-    sample: str
+    token: re.Pattern[str]
+
+
+NO_TRAITS = TemplateTraits((), True, False, re.compile("(?!)"))
+"""For runs without a Jinja template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +87,7 @@ def learn_template(render: Render, tokens: Sequence[str]) -> TemplateTraits:
 
     Args:
         render: The template.
-        tokens: All added and special tokens of the tokenizer.
+        tokens: All added and special tokens of the tokenizer but its begin token.
 
     Raises:
         RowError: It cannot render a user's and an assistant's turn.
@@ -98,10 +104,8 @@ def learn_template(render: Render, tokens: Sequence[str]) -> TemplateTraits:
     one, two = render(short, None, False), render(short + again, None, False)
     if one.count(first) != 1 or two.count(first) != 1:
         refuse("template_span", "the chat template does not render an assistant's text once")
-    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-    last = pattern.search(one, one.index(first))
-    middle = pattern.search(two, two.index(first)) if last else None
-    ends = dict.fromkeys(match.group() for match in (last, middle) if match)
+    token = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+    ends = _end_tokens(token, one[one.index(first) :], two[two.index(first) :])
     asked, plain = render(short[:1], None, True), render(short[:1], None, False)
     # Some old templates open the assistant's turn together with closing the user's.
     opened = asked != plain or one.startswith(f"{plain}answer") or one.startswith(f"{plain} answer")
@@ -111,12 +115,32 @@ def learn_template(render: Render, tokens: Sequence[str]) -> TemplateTraits:
         shows_tools = f"probe{first}" in render(short[:1], [tool], True)
     except RowError:
         shows_tools = False
-    sample = one.replace(user, "").replace(first, "")
-    return TemplateTraits(tuple(ends), opened, shows_tools, sample)
+    return TemplateTraits(ends, opened, shows_tools, token)
+
+
+def _end_tokens(token: re.Pattern[str], at_end: str, before_turn: str) -> tuple[str, ...]:
+    """Returns what closes a last answer, and an answer that a turn follows.
+
+    Args:
+        token: Pattern of all tokens.
+        at_end: The rendering behind a last answer.
+        before_turn: The rendering behind an answer in the middle.
+    """
+    row = re.compile(f"(?:{token.pattern})+")
+    last, middle = row.search(at_end), row.search(before_turn)
+    if last is None:
+        return ()
+    ends = [last.group()]
+    if middle is not None and not middle.group().startswith(last.group()):
+        # gpt-oss closes turns in the middle by another token. The next turn's opening may follow
+        # it without a break, so only one token is taken.
+        one = token.match(middle.group())
+        ends += [one.group()] if one else []
+    return tuple(ends)
 
 
 def find_spans(
-    render: Render, messages: Sequence[Message], tools: Tools, end_tokens: Sequence[str]
+    render: Render, messages: Sequence[Message], tools: Tools, traits: TemplateTraits
 ) -> Rendered:
     """Renders a conversation and finds its assistant turns.
 
@@ -124,7 +148,7 @@ def find_spans(
         render: The template.
         messages: A conversation in a right order of roles; the last is the assistant's.
         tools: The functions it may call.
-        end_tokens: From `learn_template`.
+        traits: From `learn_template`.
 
     Raises:
         RowError: The template refuses the row, leaves a turn out, or does not let its turns be
@@ -138,7 +162,7 @@ def find_spans(
         marked = _Marked(messages, plane, middle)
         whole = render(marked.messages, tools, False)
         if marked.clean(whole) == text:
-            spans, open_end, drifted = _locate(render, marked, whole, tools, end_tokens)
+            spans, open_end, drifted = _Locator(render, marked, whole, tools, traits).turns()
             prompt = render(messages[:-1], tools, True)
             return Rendered(text, spans, open_end, prompt, drifted)
     refuse(
@@ -189,6 +213,11 @@ class _Marked:
                 call["function"]["name"] += self.mark(turn, _CALL)
         return message
 
+    def lead(self, turn: int) -> str:
+        """Returns the white space that a turn's text opens with."""
+        content: str = self.messages[turn]["content"]
+        return content[: len(content) - len(content.lstrip())]
+
     def end_of_text(self, rendered: str, turn: int) -> int:
         """Returns where the turn's text ends in a marked rendering."""
         mark, after = self.mark(turn, _CLOSE), self.after[turn]
@@ -206,71 +235,135 @@ class _Marked:
         return at + len(after)
 
 
-def _locate(
-    render: Render,
-    marked: _Marked,
-    whole: str,
-    tools: Tools,
-    end_tokens: Sequence[str],
-) -> tuple[tuple[tuple[int, int], ...], bool, int]:
-    """Finds each assistant turn in `whole`, the marked rendering.
+class _Locator:
+    """Finds the assistant turns in `whole`, a marked rendering."""
 
-    Returns:
-        Spans in the rendering without marks, whether the last has no end token, and how many
-        turns the generation prompt would open otherwise.
-    """
-    marks = [match.start() for match in marked.pattern.finditer(whole)]
-    messages = marked.messages
-    spans: list[tuple[int, int]] = []
-    drifted = 0
-    open_end = False
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    def __init__(
+        self, render: Render, marked: _Marked, whole: str, tools: Tools, traits: TemplateTraits
+    ) -> None:
+        self.render = render
+        self.marked = marked
+        self.whole = whole
+        self.tools = tools
+        self.traits = traits
+        self.drifted = 0
+
+    def turns(self) -> tuple[tuple[tuple[int, int], ...], bool, int]:
+        """Finds all turns.
+
+        Returns:
+            Spans in the rendering without marks, whether the last has no end token, and how many
+            turns the generation prompt would open otherwise.
+        """
+        marks = [match.start() for match in self.marked.pattern.finditer(self.whole)]
+        spans: list[tuple[int, int]] = []
+        open_end = False
+        for turn, message in enumerate(self.marked.messages):
+            if message["role"] != "assistant":
+                continue
+            start = self._start(turn)
+            end, closed = self._call_end(turn, start) if message.get("tool_calls") else self._end(
+                turn, start
+            )  # fmt: skip
+            if turn == len(self.marked.messages) - 1 and not closed:
+                end, open_end = len(self.whole), True
+            spans.append((start - bisect_left(marks, start), end - bisect_left(marks, end)))
+        return tuple(spans), open_end, self.drifted
+
+    def _start(self, turn: int) -> int:
         if turn == 0:
             refuse("role_order", "turn 0 is assistant: a conversation opens with the user")
-        prompt = render(messages[:turn], tools, True)
-        opening = prompt[marked.end_of_text(prompt, turn - 1) :]
-        before = marked.end_of_text(whole, turn - 1)
-        if whole.startswith(opening, before):
-            start = before + len(opening)
-        else:
-            start = whole.find(marked.mark(turn, _OPEN)) + 1
-            drifted += 1
-            if start == 0:
-                refuse("template_span", f"the start of turn {turn} (assistant) cannot be found")
-        last = turn == len(messages) - 1
-        following = -1 if last else whole.find(marked.mark(turn + 1, _OPEN))
-        if not last and following < 0:  # marks in the middle of texts: any place before the next
-            following = marked.end_of_text(whole, turn + 1)
-        limit = len(whole) if last else following
-        end, closed = _end(marked, whole, turn, start, limit, end_tokens)
-        if last and not closed:
-            end, open_end = len(whole), True
-        spans.append((start - bisect_left(marks, start), end - bisect_left(marks, end)))
-    return tuple(spans), open_end, drifted
+        prompt = self.render(self.marked.messages[:turn], self.tools, True)
+        opening = prompt[self.marked.end_of_text(prompt, turn - 1) :]
+        before = self.marked.end_of_text(self.whole, turn - 1)
+        if self.whole.startswith(opening, before):
+            return before + len(opening)
+        self.drifted += 1
+        # What the turn has in common with its generation prompt is context, up to a whole token.
+        shared = 0
+        while (
+            opening[shared : shared + 1] == self.whole[before + shared : before + shared + 1] != ""
+        ):
+            shared += 1
+        for match in self.traits.token.finditer(opening):
+            if match.start() < shared < match.end():
+                shared = match.start()
+        text = self.whole.find(self.marked.mark(turn, _OPEN))
+        if text >= 0:  # the rest of the header is context, too; blanks before the text are not
+            lead = self.marked.lead(turn)
+            blanks = len(lead) if self.whole.endswith(lead, before + shared, text) else 0
+            return text - blanks if blanks else text + 1
+        # The text's start is not there: an empty text, or thoughts that the template moves.
+        if shared == 0:
+            refuse("template_span", f"the start of turn {turn} (assistant) cannot be found")
+        return before + shared
 
+    def _limit(self, turn: int) -> int:
+        """Returns a place behind the turn and not behind the next turn's text."""
+        if turn == len(self.marked.messages) - 1:
+            return len(self.whole)
+        following = self.whole.find(self.marked.mark(turn + 1, _OPEN))
+        return following if following >= 0 else self.marked.end_of_text(self.whole, turn + 1)
 
-def _end(
-    marked: _Marked, whole: str, turn: int, start: int, limit: int, end_tokens: Sequence[str]
-) -> tuple[int, bool]:
-    """Returns where the turn's trained text ends, and whether an end token closes it."""
-    message = marked.messages[turn]
-    text_end = start if marked.after[turn] is None else marked.end_of_text(whole, turn)
-    if message.get("tool_calls"):
-        if whole.count(marked.mark(turn, _CALL), start, limit) < len(message["tool_calls"]):
+    def _end(self, turn: int, start: int) -> tuple[int, bool]:
+        """Returns where a turn's trained text ends, and whether an end token closes it."""
+        empty = self.marked.after[turn] is None
+        end = start if empty else self.marked.end_of_text(self.whole, turn)
+        return self._close(turn, end)
+
+    def _close(self, turn: int, end: int) -> tuple[int, bool]:
+        """Takes the end token behind a text into its turn."""
+        limit = self._limit(turn)
+        ends = self.traits.end_tokens
+        places = [
+            (at, -len(text), text)
+            for text in ends
+            if (at := self.whole.find(text, end, limit)) >= 0
+        ]
+        if places:
+            at, _, text = min(places)
+            return at + len(text), True
+        if not ends and (opening := self.traits.token.match(self.whole, end)):
+            return opening.end(), True
+        return end, False
+
+    def _call_end(self, turn: int, start: int) -> tuple[int, bool]:
+        """Returns the same for a tool call, whose text is not the message's own."""
+        message, mark = self.marked.messages[turn], self.marked.mark(turn, _CALL)
+        calls = len(message["tool_calls"])
+        if self.whole.count(mark, start, self._limit(turn)) < calls:
             refuse(
                 "template_hides_tool_call",
                 f"the chat template does not render the tool call of turn {turn}",
                 "use a template with tool calls (data.chat_template: FILE)",
             )
-        found = max((whole.rfind(token, text_end, limit), token) for token in end_tokens or ("",))
-        closed = bool(end_tokens) and found[0] >= 0
-        if not closed and turn < len(marked.messages) - 1:
+        alone = self.render(self.marked.messages[: turn + 1], self.tools, False)
+        name = (
+            start  # behind the call's last mention of the name; a tool's turn may mention it, too
+        )
+        for _ in range(alone.count(mark)):
+            name = self.whole.index(mark, name) + 1
+        rest = alone[alone.rfind(mark) + 1 :].rstrip()
+        if self.whole.startswith(rest, name):
+            end = name + len(rest)
+            last = max((m.end() for m in self.traits.token.finditer(rest)), default=0)
+            # The call's rendering closes with a token, unless that token is part of the call.
+            closed = last == len(rest) > 0 and not self._is_call_token(rest)
+            return (end, True) if closed else self._close(turn, end)
+        places = [
+            (at + len(text), True)
+            for text in self.traits.end_tokens
+            if (at := self.whole.rfind(text, name, self._limit(turn))) >= 0
+        ]
+        if not places:
             refuse("template_span", f"the end of the tool call of turn {turn} cannot be found")
-        return (found[0] + len(found[1]) if closed else text_end), closed
-    places = [(at, t) for t in end_tokens if (at := whole.find(t, text_end, limit)) >= 0]
-    if not places:
-        return text_end, False
-    at, token = min(places)
-    return at + len(token), True
+        return max(places)
+
+    def _is_call_token(self, rest: str) -> bool:
+        """Tells whether the last token closes the call and not the turn, as `</tool_call>` does.
+
+        Then a template that has end tokens writes one of them, or the next turn's opening,
+        behind it.
+        """
+        tokens = [match.group() for match in self.traits.token.finditer(rest)]
+        return tokens[-1].startswith("</") and not rest.endswith(self.traits.end_tokens or ("\0",))

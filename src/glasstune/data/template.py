@@ -16,8 +16,8 @@ from glasstune.data.baichuan2 import DEFAULT_MARKERS, baichuan2_prompt, marker_i
 from glasstune.data.errors import RowError, refuse
 from glasstune.data.named import JINJA, NAMES, named_source
 from glasstune.data.roles import Message
-from glasstune.data.spans import Rendered, TemplateTraits, Tools, learn_template
-from glasstune.data.tokenizer import begin_ids, encode_plain, end_id, known_tokens
+from glasstune.data.spans import NO_TRAITS, Rendered, TemplateTraits, Tools, learn_template
+from glasstune.data.tokenizer import begin_ids, closing_tokens, encode_plain, end_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ class ChatTemplate:
     kwargs: dict[str, Any] = field(default_factory=dict)
     markers: dict[str, int] = field(default_factory=lambda: dict(DEFAULT_MARKERS))
     pinned_date: str | None = None
-    traits: TemplateTraits = field(default_factory=lambda: TemplateTraits((), True, False, ""))
+    traits: TemplateTraits = NO_TRAITS
 
     @property
     def has_generation_markers(self) -> bool:
@@ -66,8 +66,9 @@ class ChatTemplate:
     def stop_ids(self) -> list[int]:
         """Ids at which generation ends: the end token and what closes an assistant's turn."""
         ids = [] if (end := end_id(self.tokenizer)) is None else [end]
-        for token in self.traits.end_tokens:
-            found = self.tokenizer.convert_tokens_to_ids(token)
+        for text in self.traits.end_tokens:
+            token = self.traits.token.match(text)
+            found = self.tokenizer.convert_tokens_to_ids(token.group()) if token else None
             if isinstance(found, int) and found not in ids:
                 ids.append(found)
         return ids
@@ -201,10 +202,10 @@ def marked_spans(template: ChatTemplate, messages: Sequence[Message], tools: Too
     for start, end in blocks:
         follows = next((token for token in ends if text.startswith(token, end)), "")
         spans.append((start, end + len(follows)))
-    last = spans[-1]
-    open_end = not (ends and text.endswith(tuple(ends), *last))
+    start, end = spans[-1]
+    open_end = not text[start:end].rstrip().endswith(ends or ("\0",))
     if open_end:
-        spans[-1] = (last[0], len(text))
+        spans[-1] = (start, len(text))
     prompt = template.text(messages[:-1], tools, True)
     return Rendered(text, tuple(spans), open_end, prompt, 0)
 
@@ -277,7 +278,7 @@ def resolve_template(
         pinned_date=date.isoformat() if reads_clock else None,
     )
     try:
-        template.traits = learn_template(template.text, known_tokens(tokenizer))
+        template.traits = learn_template(template.text, closing_tokens(tokenizer))
     except RowError as error:
         raise InputError(
             "template_fails",

@@ -130,3 +130,9 @@ def fewest_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 def known_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Returns the text of all added and special tokens."""
     return sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - {""})
+
+
+def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns the tokens that may close a turn: all but the begin token."""
+    begin = tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else None
+    return [token for token in known_tokens(tokenizer) if token != begin]
