@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 from families import SPECS, family_model
+from tiny import save_tiny_model
 from torch import Tensor
 
+from glasstune.core.choices import Choices
+from glasstune.core.config import ModelConfig
 from glasstune.core.errors import InputError
 from glasstune.models.facts import model_facts
 from glasstune.models.families import documents
 from glasstune.models.families.install import install_packing, packing_kwargs
 from glasstune.models.families.table import FAMILIES, Family
+from glasstune.models.load import load_base
+from glasstune.models.resolve import resolve_model
 
 LENGTH = 22
 LENGTHS = ((7, 9, 4), (11, 3))
@@ -211,3 +216,18 @@ def test_a_leak_of_another_version_is_seen_at_once(monkeypatch):
     with pytest.raises(InputError, match="sees the one before it") as caught:
         install_packing(family_model("gpt_oss"))
     assert "data.packing=false" in caught.value.fix
+
+
+def test_llm_int8_packs_and_says_what_it_cannot_keep_apart(tmp_path):
+    """Its outlier columns come from all tokens of a batch: a limit of LLM.int8, not of packing."""
+    folder = save_tiny_model(tmp_path / "llama")
+    config = ModelConfig(path=str(folder), bits=8, int8_compute="llm_int8", device="cpu")
+    model = load_base(config, resolve_model(str(folder)), choices=Choices())
+    assert "outlier columns over the whole batch" in install_packing(model)
+    own = ModelConfig(path=str(folder), bits=8, device="cpu")
+    model = load_base(own, resolve_model(str(folder)), choices=Choices())
+    assert "outlier" not in install_packing(model)
+    rows = make_documents(1)
+    changed = [[new[0], *row[1:]] for new, row in zip(make_documents(2), rows, strict=True)]
+    packed, after = packed_logits(model, rows), packed_logits(model, changed)
+    assert worst(after, packed, first=1) == 0.0

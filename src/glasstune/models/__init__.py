@@ -10,3 +10,5 @@ import logging
 # by transformers and peft) and warns when there is none. Training never takes that road, see
 # `models.quantization.guard_cpu_4bit`.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# LLM.int8 says at every product that it casts to float16; `models.load` says it once.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -158,6 +158,9 @@ def _say_converted(model: PreTrainedModel, config: ModelConfig, choices: Choices
             where="model.bits",
             fix="set model.bits=16, or change model.quantization",
         )
+    if any(type(model.get_submodule(name)).__name__ == "Linear8bitLt" for name in small):
+        reason = "LLM.int8 casts activations to float16, rounds them to int8 and splits outliers"
+        choices.record("model.compute_dtype", "int8", reason)
     choices.record(
         "model.quantized_layers",
         len(small),
