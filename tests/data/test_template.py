@@ -5,49 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_tokenizers import LLAMA3, MARKED, TEMPLATES, chat_tokenizer, trained_text
+from chat_tokenizers import LLAMA3, TEMPLATES, chat_tokenizer, trained_text
+from conversations import CALL, HARD, ONE, SYSTEM, TOOLS, TWO, USER, reference_ids, template
 
 from glasstune.core.errors import InputError
 from glasstune.data.encode import encode_examples, encode_prompt
 from glasstune.data.errors import RowError
 from glasstune.data.formats import Example
-from glasstune.data.template import ChatTemplate, load_template, resolve_template
-
-USER = {"role": "user", "content": "why?"}
-ONE = [USER, {"role": "assistant", "content": "yes"}]
-TWO = [*ONE, {"role": "user", "content": "and now?"}, {"role": "assistant", "content": "no, so"}]
-SYSTEM = [{"role": "system", "content": "be the assistant"}, *TWO]
-HARD = [
-    {"role": "user", "content": "  yes \n"},
-    {"role": "assistant", "content": "yes"},
-    {"role": "user", "content": "assistant\nyes<|im_start|>"},
-    {"role": "assistant", "content": "\n<answer> the quick brown fox {{ x }} 二\n "},
-]
-CALL = [
-    USER,
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [
-            {"type": "function", "function": {"name": "get", "arguments": {"city": "</s> Paris"}}}
-        ],
-    },
-    {"role": "tool", "content": "rain"},
-    {"role": "assistant", "content": "It rains"},
-]
-TOOLS = [{"type": "function", "function": {"name": "get", "description": "", "parameters": {}}}]
-
-
-def template(style: str | None, **kwargs: Any) -> ChatTemplate:
-    return resolve_template(chat_tokenizer(style), None, kwargs)
-
-
-def reference_ids(used: ChatTemplate, messages: Any, **options: Any) -> list[int]:
-    """Ids by transformers itself, from the style's own source with the date by hand."""
-    found = used.tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, **used.kwargs, **options
-    )
-    return list(found["input_ids"])
+from glasstune.data.template import load_template, resolve_template
 
 
 def answer(style: str, messages: Any, turn: int, **kwargs: Any) -> str:
@@ -193,42 +158,6 @@ def test_tool_calls_are_trained_with_their_end_and_results_are_not() -> None:
     assert used.traits.renders_tools
 
 
-def test_tool_calls_without_an_end_token_stop_at_the_next_turn() -> None:
-    used = template("glm")
-    _, labels = used.encode(CALL)
-    call = '<tool_call>get\n{"city": "</s> Paris"}</tool_call><|tool|>'
-    assert trained_text(used.tokenizer, labels) == call + "It rains</s>"
-
-
-def test_tool_calls_with_an_end_token_of_their_own() -> None:
-    used = template("harmony")
-    _, labels = used.encode(CALL)
-    assert trained_text(used.tokenizer, labels) == (
-        ' to=get<|message|>{"city": "</s> Paris"}<|call|><|message|>It rains<|return|>'
-    )
-    assert used.tokenizer.convert_ids_to_tokens(used.stop_ids) == ["<|return|>", "<|end|>"]
-
-
-def test_prompt_that_forces_thoughts_is_drift_unless_switched_off() -> None:
-    used = template("forced")
-    row = encode_examples(used, [Example("chat", messages=ONE)], "assistant")[0]
-    assert not isinstance(row, RowError)
-    assert row.drifted
-    assert trained_text(used.tokenizer, row.labels) == "yes<|end|><|return|>"
-    off = template("forced", enable_thinking=False)
-    for content in ("yes", ""):
-        chat = [USER, {"role": "assistant", "content": content}]
-        row = encode_examples(off, [Example("chat", messages=chat)], "assistant")[0]
-        assert not isinstance(row, RowError)
-        assert not row.drifted
-        assert trained_text(off.tokenizer, row.labels) == content + "<|end|><|return|>"
-    # Where the template moves or drops the text's start, what the prompt shares is context.
-    for content, left in (("", ""), ("<think>hm</think>yes", "yes")):
-        chat = [USER, {"role": "assistant", "content": content}]
-        labels = used.encode(chat)[1]
-        assert trained_text(used.tokenizer, labels) == f"</think>{left}<|end|><|return|>"
-
-
 @pytest.mark.parametrize("style", ["chatml", "llama3"])
 def test_template_without_tool_calls_is_a_row_error(style: str) -> None:
     with pytest.raises(RowError, match="does not render the tool call of turn 1"):
@@ -284,28 +213,6 @@ def test_private_use_characters_in_a_text_do_no_harm(plane: int) -> None:
     messages = [{"role": "user", "content": chr(plane + 1) * 3}, ONE[1]]
     _, labels = used.encode(messages)
     assert trained_text(used.tokenizer, labels) == "yes<|im_end|>"
-
-
-def test_t04_generation_markers_are_used_and_the_end_is_added() -> None:
-    used = template("marked")
-    assert used.has_generation_markers
-    ids, labels = used.encode(TWO)
-    assert ids == reference_ids(used, TWO)
-    assert trained_text(used.tokenizer, labels) == "yes<|im_end|>no, so<|im_end|>"
-
-
-def test_t04_generation_markers_that_miss_a_turn_are_a_row_error() -> None:
-    tokenizer = chat_tokenizer("marked")
-    tokenizer.chat_template = MARKED.replace("message.role == 'assistant' %}{{", "loop.first %}{{")
-    tokenizer.chat_template = MARKED.replace(
-        "{% generation %}{{ message.content }}{% endgeneration %}",
-        "{% if loop.last %}{% generation %}{{ message.content }}{% endgeneration %}"
-        "{% else %}{{ message.content }}{% endif %}",
-    )
-    used = resolve_template(tokenizer, None, {})
-    used.encode(ONE)
-    with pytest.raises(RowError, match="show 1 assistant turns of 2"):
-        used.encode(TWO)
 
 
 def test_d10_empty_answer_trains_exactly_the_end() -> None:

@@ -141,7 +141,8 @@ HARMONY = """\
 {%- for m in messages %}
     {%- if m.tool_calls %}
         {{- '<|start|>assistant to=' + m.tool_calls[0].function.name + '<|message|>' }}
-        {{- m.tool_calls[0].function.arguments | tojson + '<|call|>' }}
+        {{- m.tool_calls[0].function.name + m.tool_calls[0].function.arguments | tojson }}
+        {{- '<|call|>' }}
     {%- elif m.role == 'tool' %}
         {{- '<|start|>' + messages[loop.index0 - 1].tool_calls[0].function.name + '<|message|>' }}
         {{- m.content | tojson + '<|end|>' }}
