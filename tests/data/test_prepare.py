@@ -360,6 +360,8 @@ def test_resolved_config_gives_the_same_data_again() -> None:
     dumped = {**data.config.model_dump(), "sources": [{"path": alpaca(8)}]}
     again = prepare_data(DataConfig(**dumped), CHATML, facts, seed=0, choices=Choices())
     assert again.fingerprint == data.fingerprint
+    held = prepare(alpaca(8), validation=[{"path": alpaca(3), "name": "held"}])
+    DataConfig(**held.config.model_dump())  # the two ways of validation do not clash
 
 
 def test_mixed_sources_share_one_template(tmp_path: Path) -> None:

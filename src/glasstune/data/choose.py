@@ -191,6 +191,8 @@ def choose_settings(
     if template.kind == "baichuan2" and "truncation" not in given:
         reason = "the published baichuan2 rule cuts at max_length"
         settled["truncation"] = choices.record("data.truncation", "cut", reason)
+    if config.validation:
+        settled["validation_split"] = 0.0
     if config.packing:
         packing = choices.record("data.packing", facts.can_pack, facts.pack_reason)
         settled["packing"] = packing
