@@ -239,11 +239,10 @@ def test_half_a_surrogate_pair_is_a_row_error() -> None:
         example(json.loads('{"text": "\\ud800"}'))
 
 
-def test_loss_columns_are_kept_or_named() -> None:
-    row = {"text": "t", "meta": {"score": 0.5}}
-    assert example(row, loss_columns=["meta.score"]).columns == {"meta.score": 0.5}
-    with pytest.raises(RowError, match="'weight'"):
-        example(row, loss_columns=["weight"])
+def test_columns_that_no_format_reads_are_kept_for_a_loss() -> None:
+    row = {"text": "t", "score": 0.5, "id": 7}
+    assert example(row, keep_columns=True).columns == {"score": 0.5, "id": 7}
+    assert example(row).columns == {}
 
 
 def test_seed_tasks_through_columns(real_data: Path) -> None:

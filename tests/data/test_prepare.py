@@ -313,12 +313,12 @@ def test_record_counts_add_up() -> None:
     json.dumps(record.to_dict())
 
 
-def test_loss_columns_reach_the_documents() -> None:
-    rows = [{"text": f"t {k}", "meta": {"score": k / 10}} for k in range(5)]
-    data = prepare(rows, loss_columns=["meta.score"])
-    assert [d.columns["meta.score"] for d in data.train.documents] == [0.0, 0.1, 0.2, 0.3, 0.4]
-    with pytest.raises(InputError, match=r"'meta\.score'"):
-        prepare(alpaca(1), loss_columns=["meta.score"])
+def test_columns_reach_the_documents() -> None:
+    rows = [{**row, "score": number / 2} for number, row in enumerate(alpaca(4))]
+    data = prepare(rows, keep_columns=True)
+    scores = sorted(document.columns["score"] for document in data.train.documents)
+    assert set(scores) <= {0.0, 0.5, 1.0, 1.5}
+    assert all("instruction" not in document.columns for document in data.train.documents)
 
 
 def test_packing_that_is_not_proven_is_not_done_and_said() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def prepare(
     *,
     facts: ModelFacts = FACTS,
     seed: int = 0,
-    loss_columns: Sequence[str] = (),
+    keep_columns: bool = False,
     choices: Choices | None = None,
     base_folder: Path = Path("."),
     **options: Any,
@@ -45,7 +44,7 @@ def prepare(
         tokenizer,
         facts,
         seed=seed,
-        loss_columns=loss_columns,
+        keep_columns=keep_columns,
         choices=Choices() if choices is None else choices,
         base_folder=base_folder,
     )

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from runs import QuietProgress, adapter_weights, distance, events, last_weights, tiny_run
+from tiny import save_tiny_model
 
 from glasstune.core.choices import Choices
 from glasstune.core.errors import InputError, RunError
@@ -204,6 +205,74 @@ def test_kl_to_base_is_zero_at_the_start(tiny_llama, qa_file, tmp_path) -> None:
         adapter={"lora_dropout": 0.3},
     )  # fmt: skip
     assert result.losses["kl_to_base"] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_kl_to_base_is_zero_with_the_base_models_own_dropout(qa_file, tmp_path) -> None:
+    """Both sides draw the same masks: GPT-2 drops in attention and residuals, the adapter too."""
+    model = save_tiny_model(tmp_path / "gpt2", "gpt2", attn_pdrop=0.2, resid_pdrop=0.2)
+    run, update, result, _ = one_update(
+        model, qa_file, tmp_path / "run",
+        losses=[{"name": "next_token"}, {"name": "kl_to_base", "weight": 1.0}],
+        adapter={"lora_dropout": 0.3},
+    )  # fmt: skip
+    assert result.losses["kl_to_base"] == pytest.approx(0.0, abs=1e-7)
+    batch = update.micro_batches[0]
+    dropped = run.adapted.trained_hidden(batch, 0)
+    run.adapted.model.eval()
+    assert not torch.allclose(dropped, run.adapted.trained_hidden(batch, 0))  # it does drop
+
+
+def test_a_users_function_reads_columns_of_the_row(tiny_llama, qa_file, tmp_path, quiet) -> None:
+    """Per-row weights from the data: the loss equals the hand-weighted sum."""
+    rows = [{**row, "score": 1.0 + n % 3} for n, row in enumerate(json.loads(qa_file.read_text()))]
+    data = tmp_path / "scored.json"
+    data.write_text(json.dumps(rows))
+    function = write_loss(
+        tmp_path,
+        "def loss(batch):\n"
+        "    score = torch.tensor(batch.columns['score'])[batch.documents]\n"
+        "    logp = batch.logits().float().log_softmax(-1)\n"
+        "    nll = -logp.gather(-1, batch.labels[:, None]).squeeze(-1)\n"
+        "    return (nll * score).sum(), score.sum()\n",
+    )
+    losses = [{"name": "next_token", "weight": 0.0}, {"name": "mine", "function": function}]
+    run, update, result, _ = one_update(
+        tiny_llama, data, tmp_path / "run", losses=losses,
+        training={"per_device_train_batch_size": 1},
+    )  # fmt: skip
+    total = count = 0.0
+    for doc in (doc for batch in update.micro_batches for doc in batch.documents):
+        labels = torch.tensor(doc.labels.tolist())[1:]
+        with torch.no_grad():
+            logits = run.adapted.model(input_ids=torch.tensor(doc.ids.tolist())[None]).logits
+        nll = torch.nn.functional.cross_entropy(logits[0, :-1], labels, reduction="sum")
+        total += doc.columns["score"] * nll.item()
+        count += doc.columns["score"] * doc.trained_tokens
+    assert result.losses["mine"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_d10_an_update_with_no_trained_token_is_no_update(
+    tiny_llama, qa_file, tmp_path, quiet
+) -> None:
+    """Source b weighs nothing; its updates are skipped, counted and logged nowhere."""
+    rows = json.loads(qa_file.read_text())
+    for name, part in (("a", rows[:20]), ("b", rows[20:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    sources = [
+        {"path": str(tmp_path / "a.json"), "name": "a"},
+        {"path": str(tmp_path / "b.json"), "name": "b", "loss_weight": 0.0},
+    ]
+    config = tiny_run(
+        tiny_llama, qa_file, tmp_path / "run",
+        data={"sources": sources, "packing": False, "validation_split": 0.0},
+        training={"train_batch_size": 1, "num_train_epochs": 1},
+    )  # fmt: skip
+    record = train(config, progress=quiet)
+    assert record.updates == 20
+    assert sum("no trained token" in line for line in quiet.lines) == 40
+    rows = events(tmp_path / "run", "train")
+    assert len(rows) == 20
+    assert all(row["losses"]["next_token"] for row in rows)
 
 
 def test_weights_move_and_terms_see_their_sources(tiny_llama, qa_file, tmp_path, quiet) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from glasstune.core.errors import InputError
-from glasstune.data.columns import Mapped, find, keys_of
+from glasstune.data.columns import Mapped, keys_of
 from glasstune.data.errors import refuse
 from glasstune.data.read import kind_of
 from glasstune.data.roles import Message, conversation, messages_of, tools_of
@@ -54,7 +54,7 @@ class Example:
         prompt: Context (kind `pair`).
         completion: What is trained after it (kind `pair`).
         text: Text trained whole (kind `text`).
-        columns: Values that a loss function asked for.
+        columns: Values that a loss function may read.
     """
 
     kind: Literal["chat", "pair", "text"]
@@ -155,7 +155,7 @@ def to_example(
     columns: Mapping[str, str],
     *,
     join: InputJoin = "blank_line",
-    loss_columns: Sequence[str] = (),
+    keep_columns: bool = False,
 ) -> Example:
     """Reads one row.
 
@@ -166,7 +166,8 @@ def to_example(
         columns: The source's mapping.
         join: How alpaca's input is put after its instruction: a blank line, or the published
             `### Input:` header.
-        loss_columns: Columns that are kept beside the tokens.
+        keep_columns: Whether the columns that the format does not read are kept beside the
+            tokens, under their own names (for a loss function).
 
     Raises:
         RowError: The row does not hold what its format asks for.
@@ -174,8 +175,9 @@ def to_example(
     view = Mapped(row, columns)
     example = _READERS[name](view, join)
     example.origin = origin
-    if loss_columns:
-        example.columns = {column: find(row, column) for column in loss_columns}
+    if keep_columns:
+        read = {*REQUIRED[name], *OPTIONAL[name], *columns.values()} - columns.keys()
+        example.columns = {key: value for key, value in row.items() if key not in read}
     return example
 
 

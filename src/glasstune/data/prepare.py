@@ -72,7 +72,7 @@ def prepare_data(
     facts: ModelFacts,
     *,
     seed: int,
-    loss_columns: Sequence[str] = (),
+    keep_columns: bool = False,
     choices: Choices,
     progress: Progress | None = None,
     base_folder: Path = Path("."),
@@ -84,7 +84,8 @@ def prepare_data(
         tokenizer: The base model's tokenizer.
         facts: What the model can hold.
         seed: Seed of the held-out choice, of partial repeats and of the packs.
-        loss_columns: Columns that a loss function reads; kept in `Document.columns`.
+        keep_columns: Whether columns that no format reads are kept in `Document.columns`, for
+            a loss function.
         choices: Where automatic choices are noted.
         progress: Shows the rows while they are tokenised.
         base_folder: Folder that relative paths start from.
@@ -106,7 +107,7 @@ def prepare_data(
     template = choose_template(config, tokenizer, opened, choices, base_folder)
     config = choose_settings(config, facts, template, choices)
     ledger = Ledger(names, config.on_error)
-    worker = _Worker(config, template, facts, ledger, tuple(loss_columns))
+    worker = _Worker(config, template, facts, ledger, keep_columns)
     documents: list[Document] = []
     keys: list[bytes] = []
     if progress is not None:
@@ -157,13 +158,13 @@ class _Worker:
         template: ChatTemplate,
         facts: ModelFacts,
         ledger: Ledger,
-        loss_columns: tuple[str, ...],
+        keep_columns: bool,
     ) -> None:
         self.config = config
         self.template = template
         self.facts = facts
         self.ledger = ledger
-        self.loss_columns = loss_columns
+        self.keep_columns = keep_columns
         self.seen_ids = np.zeros(max(facts.vocabulary_rows, len(template.tokenizer)), dtype=bool)
         tokens = known_tokens(template.tokenizer)
         self.control = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
@@ -204,7 +205,7 @@ class _Worker:
             source.format,
             source.config.columns,
             join=join,
-            loss_columns=self.loss_columns,
+            keep_columns=self.keep_columns,
         )
 
     def _surely_too_long(self, index: int, example: Example) -> bool:

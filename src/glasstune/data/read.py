@@ -99,7 +99,7 @@ def read_rows(path: Path, stats: ReadStats | None = None) -> Iterator[RawRow | B
             "unreadable_file",
             f"cannot be read: {error.strerror or error}",
             where=str(path),
-            fix="check the path (it is taken relative to the config's folder) and its permissions",
+            fix="check the path (it is taken relative to the current folder) and its permissions",
         ) from error
 
 

@@ -96,7 +96,7 @@ def _files(source: SourceConfig, base_folder: Path) -> list[Path] | None:
                 "no_file_matches",
                 "no file matches this pattern",
                 where=str(path),
-                fix="the pattern is taken relative to the config's folder; ** goes into subfolders",
+                fix="the pattern is taken relative to the current folder; ** goes into subfolders",
             )
         return files
     explicit = source.path.startswith((".", "/", "~")) or "\\" in source.path
@@ -113,5 +113,5 @@ def _files(source: SourceConfig, base_folder: Path) -> list[Path] | None:
         where=str(path),
         fix=f"did you mean {' or '.join(near)}?"
         if near
-        else "check the path; relative ones start from the config's folder",
+        else "check the path; relative ones start from the current folder",
     )

@@ -77,9 +77,11 @@ def prepare(config: Config, choices: Choices, progress: Progress) -> Prepared:
         tokenizer,
         model_facts(resolved.config),
         seed=config.training.seed,
+        keep_columns=any(loss.function for loss in config.losses),
         choices=choices,
         progress=progress,
     )
+    config.data = data.config
     terms = resolve_terms(config.losses, data.sources)
     device = choose_device(model.device, choices).type
     schedule = make_schedule(config, data.train, device, choices)

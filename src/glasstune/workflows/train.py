@@ -134,7 +134,12 @@ class _Session:
     def _adapt(self, base: Any) -> AdaptedModel:
         import torch
 
-        from glasstune.adapters.inject import add_adapter, keep_activation_dtype, start_from
+        from glasstune.adapters.inject import (
+            adapter_findings,
+            add_adapter,
+            keep_activation_dtype,
+            start_from,
+        )
         from glasstune.models.families.install import install_packing
         from glasstune.models.head import split_head
         from glasstune.models.load import autocast_dtype
@@ -157,6 +162,9 @@ class _Session:
             self.choices.record("adapter", adapter.path, "adapter.path: its weights go on")
         else:
             model = add_adapter(base, **adapter.lora_options())
+        for finding in adapter_findings(model):
+            self.findings.append(finding)
+            self.progress.say(f"{finding.severity}: {finding.message}")
         autocast = autocast_dtype(base)
         if autocast is not None:
             keep_activation_dtype(model)
