@@ -7,11 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
-from runs import QuietProgress
-from tiny import save_tiny_model
 
+# Set before torch loads. One thread: tiny tensors gain nothing from more, two test processes
+# would fight for two cores, and the number of threads is part of a CPU's exact bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from runs import QuietProgress  # noqa: E402
+from tiny import save_tiny_model  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -102,8 +102,9 @@ def test_c05_a_kill_in_the_middle_of_a_save(tiny_llama, qa_file, tmp_path, monke
     class Dead(BaseException):
         pass
 
+    short = {**OPTIONS, "training": {"eval_steps": 7, "save_steps": 3, "num_train_epochs": 1}}
     reference = tmp_path / "whole"
-    train(tiny_run(tiny_llama, qa_file, reference, **OPTIONS), progress=QuietProgress())
+    train(tiny_run(tiny_llama, qa_file, reference, **short), progress=QuietProgress())
     for number, name in enumerate(("_write_state", "sha256_file", "fsync_tree", "fsync_path")):
         output = tmp_path / name
         original = getattr(checkpoint, name)
@@ -120,10 +121,10 @@ def test_c05_a_kill_in_the_middle_of_a_save(tiny_llama, qa_file, tmp_path, monke
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, name, die)
             with pytest.raises(Dead):
-                train(tiny_run(tiny_llama, qa_file, output, **OPTIONS), progress=QuietProgress())
+                train(tiny_run(tiny_llama, qa_file, output, **short), progress=QuietProgress())
         monkeypatch.undo()
         train(
-            tiny_run(tiny_llama, qa_file, output, **OPTIONS),
+            tiny_run(tiny_llama, qa_file, output, **short),
             resume=True, progress=QuietProgress(),
         )  # fmt: skip
         assert same_bits(last_weights(output), last_weights(reference)), name

@@ -24,6 +24,9 @@ INTERRUPTED = 130
 
 def entry() -> None:
     """Runs the command line of this process and exits."""
+    # Before torch loads: OpenMP threads that wait give their core away soon, or one busy
+    # neighbour makes a step several times slower (docs/LOG.md has the numbers).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sys.exit(run(sys.argv[1:]))
 
 
