@@ -103,9 +103,9 @@ def test_g04_gradients_equal_plain_peft_on_separate_documents(
     assert result.trained_tokens == count
     total = 0.0
     for doc in documents:
-        ids = torch.tensor(doc.ids.tolist())[None]
+        ids = torch.tensor(doc.ids.tolist(), device=model.device)[None]
         logits = model(input_ids=ids).logits[0, :-1]
-        labels = torch.tensor(doc.labels.tolist())[1:]
+        labels = torch.tensor(doc.labels.tolist(), device=model.device)[1:]
         loss = cross_entropy(logits, labels, reduction="sum") / count
         loss.backward()
         total += loss.item()
@@ -174,8 +174,8 @@ def test_terms_against_full_logits(tiny_llama, qa_file, tmp_path) -> None:
     sums = dict.fromkeys(("next_token", "z_loss", "kl_to_base", "mine"), 0.0)
     count = result.trained_tokens
     for doc in (doc for batch in update.micro_batches for doc in batch.documents):
-        ids = torch.tensor(doc.ids.tolist())[None]
-        labels = torch.tensor(doc.labels.tolist())[1:]
+        ids = torch.tensor(doc.ids.tolist(), device=model.device)[None]
+        labels = torch.tensor(doc.labels.tolist(), device=model.device)[1:]
         keep = labels != -100
         logits = model(input_ids=ids).logits[0, :-1][keep]
         with torch.no_grad(), model.disable_adapter():
@@ -230,7 +230,8 @@ def test_a_users_function_reads_columns_of_the_row(tiny_llama, qa_file, tmp_path
     function = write_loss(
         tmp_path,
         "def loss(batch):\n"
-        "    score = torch.tensor(batch.columns['score'])[batch.documents]\n"
+        "    score = torch.tensor(batch.columns['score'], device=batch.labels.device)\n"
+        "    score = score[batch.documents]\n"
         "    logp = batch.logits().float().log_softmax(-1)\n"
         "    nll = -logp.gather(-1, batch.labels[:, None]).squeeze(-1)\n"
         "    return (nll * score).sum(), score.sum()\n",
@@ -242,9 +243,11 @@ def test_a_users_function_reads_columns_of_the_row(tiny_llama, qa_file, tmp_path
     )  # fmt: skip
     total = count = 0.0
     for doc in (doc for batch in update.micro_batches for doc in batch.documents):
-        labels = torch.tensor(doc.labels.tolist())[1:]
+        device = run.adapted.device
+        ids = torch.tensor(doc.ids.tolist(), device=device)[None]
+        labels = torch.tensor(doc.labels.tolist(), device=device)[1:]
         with torch.no_grad():
-            logits = run.adapted.model(input_ids=torch.tensor(doc.ids.tolist())[None]).logits
+            logits = run.adapted.model(input_ids=ids).logits
         nll = torch.nn.functional.cross_entropy(logits[0, :-1], labels, reduction="sum")
         total += doc.columns["score"] * nll.item()
         count += doc.columns["score"] * doc.trained_tokens
