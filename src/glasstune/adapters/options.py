@@ -14,6 +14,7 @@ from peft import LoraConfig, TaskType
 from torch import nn
 
 from glasstune.core.errors import InputError
+from glasstune.core.names import check_names
 from glasstune.models.classes import Conv1D
 
 ALL_LINEAR = "all-linear"
@@ -39,7 +40,9 @@ def build_lora_config(options: Mapping[str, Any], model: nn.Module) -> LoraConfi
         InputError: `unknown_key`, `bad_value`, `target_not_found` or `module_not_found`.
     """
     options = dict(options)
-    _check_names(options)
+    check_names(
+        options, lora_option_names(), code="unknown_key", owner="LoraConfig", where="adapter"
+    )
     options.setdefault("task_type", TaskType.CAUSAL_LM)
     if options.get("target_modules") is None and not options.get("target_parameters"):
         options["target_modules"] = ALL_LINEAR
@@ -87,19 +90,6 @@ def peft_remarks_unsaid() -> Iterator[None]:
         ):
             warnings.filterwarnings("ignore", message=message)
         yield
-
-
-def _check_names(options: Mapping[str, Any]) -> None:
-    known = lora_option_names()
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise InputError(
-                "unknown_key",
-                f"LoraConfig has no option {key!r}",
-                where=f"adapter.{key}",
-                fix=f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}",
-            )
 
 
 def _is_all_linear(target: Any) -> bool:

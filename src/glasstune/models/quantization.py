@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from glasstune.core.choices import Choices
 from glasstune.core.config import ModelConfig
 from glasstune.core.errors import InputError
+from glasstune.core.names import check_names
 from glasstune.kernels.int8_linear import Int8Linear
 
 _LLM_INT8_ONLY = ("llm_int8_threshold", "llm_int8_has_fp16_weight")
@@ -86,16 +86,13 @@ def check_quantization_keys(options: Mapping[str, Any]) -> None:
     Raises:
         InputError: `unknown_key`, with the nearest name.
     """
-    known = quantization_keys()
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise InputError(
-                "unknown_key",
-                f"BitsAndBytesConfig has no option {key!r}",
-                where=f"{_WHERE}.{key}",
-                fix=f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}",
-            )
+    check_names(
+        options,
+        quantization_keys(),
+        code="unknown_key",
+        owner="BitsAndBytesConfig",
+        where=_WHERE,
+    )
 
 
 def _check_bits(options: Mapping[str, Any], bits: int) -> None:
