@@ -109,6 +109,59 @@ def test_an_expert_without_tokens_is_waited_for_and_named() -> None:
     assert {item.code for item in found} == {"gate_not_called"}
 
 
+@pytest.mark.parametrize("runs", [(False, True, True), (True, False, True)])
+def test_an_expert_that_runs_in_some_updates_is_judged_by_those(runs) -> None:
+    """Its A has a zero gradient in its own first update, whichever that is."""
+    model, found = Model(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    hook = FirstStepGate(model)
+    for step, model.use_expert in enumerate(runs, 1):
+        hook.before_update(step)
+        loss = model(torch.randn(8, 6)).square().sum()
+        hook.before_backward(step, {"next_token": (1.0, loss)}, None)
+        loss.backward()
+        hook.after_backward(step, model, optimizer)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        found.extend(hook.after_update(step, model, 0.1))
+    assert dead(found) == set()
+    assert hook.done
+
+
+def test_a_late_expert_that_is_dead_is_still_found() -> None:
+    model = Model()
+    model.expert.off = True
+    model.use_expert = False
+
+    def arrive(model):
+        model.use_expert = True
+
+    _, found = watch(model, steps=4, sabotage=arrive)
+    assert dead(found) == {"expert.lora_A.default.weight", "expert.lora_B.default.weight"}
+
+
+def test_rows_of_tokens_that_have_not_come_are_waited_for() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(8, 6).requires_grad_(False)
+            self.trainable_tokens_delta = nn.ParameterDict({"default": torch.zeros(2, 6)})
+
+        def forward(self, x):
+            delta = torch.zeros(8, 6).index_copy(
+                0, torch.tensor([6, 7]), self.trainable_tokens_delta["default"]
+            )
+            return (self.table.weight + delta)[torch.randint(0, self.seen, (8,))]
+
+    model = Rows()
+    model.seen = 6
+    hook, found = watch(model, steps=3)
+    assert [item.code for item in found] == ["gate_no_tokens"]
+    assert not hook.done
+    model.seen = 8
+    assert watch(model, steps=3)[1] == []
+
+
 def test_weight_decay_does_not_hide_a_dead_tensor() -> None:
     """AdamW moves a tensor whose gradient is zero; the gate must still call it dead."""
 
@@ -153,6 +206,25 @@ def test_kl_alone_is_healthy_with_a_zero_gradient() -> None:
 
     terms = {"kl_to_base": (1.0, torch.zeros(()))}
     assert watch(Model(), sabotage=zero, terms=terms)[1] == []
+
+
+def test_kl_first_and_the_rest_later_is_healthy() -> None:
+    """`next_token` with a weight that starts at 0: the first update moves nothing."""
+    model, found = Model(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    hook = FirstStepGate(model)
+    for step in (1, 2, 3):
+        hook.before_update(step)
+        weight = 0.1 * (step - 1)
+        loss = weight * model(torch.randn(8, 6)).square().sum()
+        hook.before_backward(step, {"next_token": (weight, loss), "kl_to_base": (1.0, loss)}, None)
+        loss.backward()
+        hook.after_backward(step, model, optimizer)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        found.extend(hook.after_update(step, model, 0.1))
+    assert found == []
+    assert hook.done
 
 
 def test_warn_and_allow() -> None:

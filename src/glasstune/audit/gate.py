@@ -29,6 +29,11 @@ PARTNERS = (
     ("lora_embedding_B", "lora_embedding_A"),
 )
 UPDATES_WATCHED = 2
+"""Updates with a learning rate above zero in which a tensor's module ran, until it is judged."""
+UPDATES_WAITED = 50
+"""Updates after which the gate no longer waits for tensors that were never reached."""
+KL = "kl_to_base"
+TOKEN_ROWS = "trainable_tokens_delta"
 
 
 @dataclass(slots=True)
@@ -37,27 +42,36 @@ class TensorState:
 
     Args:
         host: Path of the module that must be called for it to get a gradient.
-        called: Whether that module ran.
+        called: Whether that module ever ran.
+        called_now: Whether it ran in this update.
+        updates: Updates counted for it.
         has_gradient: Whether `.grad` was ever not None.
         finite: Whether every gradient was finite.
         nonzero: Whether any gradient had a nonzero entry.
         excused: Whether its gradient must be zero because its partner was zero.
         in_optimizer: Whether an optimiser group holds it.
         moved: Whether it changed by more than weight decay explains.
+        named: Whether it was already named as waited for.
     """
 
     host: str
     called: bool = False
+    called_now: bool = False
+    updates: int = 0
     has_gradient: bool = False
     finite: bool = True
     nonzero: bool = False
     excused: bool = False
     in_optimizer: bool = False
     moved: bool = False
+    named: bool = False
 
 
 class FirstStepGate:
-    """Watches the first two updates whose learning rate is above zero (a `StepHook`).
+    """Watches each tensor's first two updates with a learning rate above zero (a `StepHook`).
+
+    A tensor whose module does not run (an expert without tokens) is named and waited for; so are
+    trained rows of an embedding whose tokens have not come yet.
 
     Args:
         model: The model; its trained tensors are those that require a gradient now.
@@ -67,14 +81,17 @@ class FirstStepGate:
 
     def __init__(self, model: nn.Module, mode: str = "stop", allow: Sequence[str] = ()) -> None:
         self.mode = mode
-        self.allow = tuple(allow)
         self.parameters = {
             name: value for name, value in model.named_parameters() if value.requires_grad
         }
-        self.states = {name: TensorState(host_path(model, name)) for name in self.parameters}
+        self.states = {
+            name: TensorState(host_path(model, name))
+            for name in self.parameters
+            if not any(fnmatch(name, pattern) for pattern in allow)
+        }
         self.updates = 0
-        self.terms: set[str] = set()
         self.done = False
+        self._terms: set[str] = set()
         self._before: dict[str, Tensor] = {}
         self._decay: dict[int, float] = {}
         self._handles = self._watch_calls(model)
@@ -88,21 +105,27 @@ class FirstStepGate:
 
             def note(*_: Any, states: list[TensorState] = states) -> None:
                 for state in states:
-                    state.called = True
+                    state.called = state.called_now = True
 
             handles.append(model.get_submodule(path).register_forward_pre_hook(note))
         return handles
 
     def before_update(self, step: int) -> None:
-        """Remembers the values of the trained tensors."""
-        if not self.done:
-            self._before = {name: value.detach().clone() for name, value in self.parameters.items()}
+        """Remembers the values of the tensors that are still watched, and of their partners."""
+        if self.done:
+            return
+        self._terms = set()
+        for state in self.states.values():
+            state.called_now = False
+        partners = (self._partner(name) for name in self.states)
+        wanted = {*self.states, *(name for name in partners if name is not None)}
+        self._before = {name: self.parameters[name].detach().clone() for name in wanted}
 
     def before_backward(
         self, step: int, terms: Mapping[str, tuple[float, Tensor]], batch: MicroBatch
     ) -> None:
-        """Remembers which terms with a weight above zero took part."""
-        self.terms.update(name for name, (scale, _) in terms.items() if scale != 0)
+        """Remembers which terms with a weight above zero take part in this update."""
+        self._terms.update(name for name, (scale, _) in terms.items() if scale != 0)
 
     def after_backward(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """Reads every gradient at one host copy."""
@@ -110,7 +133,7 @@ class FirstStepGate:
             return
         held = {id(value): group for group in optimizer.param_groups for value in group["params"]}
         self._decay = {key: group.get("weight_decay", 0.0) for key, group in held.items()}
-        names = [name for name, value in self.parameters.items() if value.grad is not None]
+        names = [name for name in self.states if self.parameters[name].grad is not None]
         if names:
             # The largest absolute value, not the 2-norm: that overflows at 1e20 and vanishes at
             # 1e-30 in fp32.
@@ -121,9 +144,8 @@ class FirstStepGate:
                 state.has_gradient = True
                 state.finite &= value == value and value != float("inf")
                 state.nonzero |= value != 0
-        for name, value in self.parameters.items():
-            state = self.states[name]
-            state.in_optimizer = id(value) in held
+        for name, state in self.states.items():
+            state.in_optimizer = id(self.parameters[name]) in held
             partner = self._partner(name)
             state.excused = partner is not None and not bool(self._before[partner].any())
 
@@ -136,55 +158,73 @@ class FirstStepGate:
 
     def after_update(self, step: int, model: nn.Module, learning_rate: float) -> Sequence[Finding]:
         """Judges; returns nothing while all is well."""
-        if self.done or not self.terms:
+        if self.done or not self._terms:
             return ()
-        for name, value in self.parameters.items():
-            # On a zero gradient AdamW only shrinks by the decay.
-            decay = self._decay.get(id(value), 0.0)
-            still = self._before[name] * (1 - learning_rate * decay)
-            self.states[name].moved |= not torch.equal(value.detach(), still)
-        if learning_rate > 0:
-            self.updates += 1
-        final = self.updates >= UPDATES_WATCHED
-        findings = [
-            finding
-            for name in self.parameters
-            if not any(fnmatch(name, pattern) for pattern in self.allow)
-            and (finding := self._judge(name, final)) is not None
-        ]
-        if final or any(finding.severity == "error" for finding in findings):
+        # At B = 0 the tuned model is the base, and the gradient of kl_to_base alone is zero.
+        learns = self._terms != {KL}
+        self.updates += learning_rate > 0
+        findings: list[Finding] = []
+        for name, state in list(self.states.items()):
+            if state.called_now:
+                value = self.parameters[name]
+                # On a zero gradient AdamW only shrinks by the decay.
+                decay = self._decay.get(id(value), 0.0)
+                still = self._before[name] * (1 - learning_rate * decay)
+                state.moved |= not torch.equal(value.detach(), still)
+                state.updates += learning_rate > 0 and learns
+                final = state.updates >= UPDATES_WATCHED
+                text = self._dead(state, final, learns)
+                waits = TOKEN_ROWS in name and state.has_gradient and not state.nonzero
+                if text and not (waits and state.finite and state.in_optimizer):
+                    findings.append(self._finding(name, text))
+                    del self.states[name]
+                elif final and not waits:
+                    del self.states[name]
+        findings.extend(self._waited_for())
+        if (
+            not self.states
+            or self.updates >= UPDATES_WAITED
+            or any(finding.severity == "error" for finding in findings)
+        ):
             self.close()
-        return findings if final else [item for item in findings if item.severity != "info"]
+        return findings
 
-    def _judge(self, name: str, final: bool) -> Finding | None:
-        state = self.states[name]
+    def _dead(self, state: TensorState, final: bool, learns: bool) -> str:
+        if not state.in_optimizer:
+            return "requires a gradient but is in no optimiser group"
+        if not state.has_gradient:
+            return "has no gradient although its module ran"
+        if not state.finite:
+            return "has a gradient with NaN or Inf"
+        if not state.nonzero and learns and (final or not state.excused):
+            text = "has a gradient that is exactly zero"
+            both = ", as has its partner: both are zero, so neither can ever move"
+            return text + both if state.excused else text
+        if state.nonzero and final and not state.moved:
+            return "has a gradient but its value did not change"
+        return ""
+
+    def _finding(self, name: str, text: str) -> Finding:
         severity: Severity = "error" if self.mode == "stop" else "warning"
         fix = "audit.gate_allow takes a glob for tensors that may stay dead"
-        if not state.called:
-            return Finding(
-                "gate_not_called",
-                "info",
-                name,
-                f"its module {state.host} has not run yet, so it has no gradient",
-                "nothing, where it is an expert without tokens; else check the model's forward",
-            )
-        if not state.in_optimizer:
-            text = "requires a gradient but is in no optimiser group"
-        elif not state.has_gradient:
-            text = "has no gradient although its module ran"
-        elif not state.finite:
-            text = "has a gradient with NaN or Inf"
-        elif not state.nonzero and self.terms == {"kl_to_base"}:
-            return None  # at B = 0 the tuned model is the base: a zero gradient is the truth
-        elif not state.nonzero and (final or not state.excused):
-            text = "has a gradient that is exactly zero"
-            if state.excused:
-                text += ", as has its partner: both are zero, so neither can ever move"
-        elif final and not state.moved:
-            text = "has a gradient but its value did not change"
-        else:
-            return None
         return Finding("gate_dead_tensor", severity, name, f"{name} {text}", fix)
+
+    def _waited_for(self) -> list[Finding]:
+        """Names, once, what was not reached by the time that everything else was judged."""
+        found = []
+        for name, state in self.states.items() if self.updates >= UPDATES_WATCHED else ():
+            if state.named or (state.called and TOKEN_ROWS not in name):
+                continue
+            state.named = True
+            code, says, fix = "gate_not_called", f"its module {state.host} has not run yet", ""
+            if state.called:
+                code, says = "gate_no_tokens", "none of its tokens has come yet"
+            else:
+                fix = (
+                    "nothing, where it is an expert without tokens; else check the model's forward"
+                )
+            found.append(Finding(code, "info", name, f"{says}, so it has no gradient", fix))
+        return found
 
     def close(self) -> None:
         """Removes the hooks and frees the copies."""

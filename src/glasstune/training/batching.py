@@ -20,6 +20,7 @@ TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 8192}
 # A few hundred short rows fill few packs: at 16 packs an update, 500 rows would give 5 updates an
 # epoch, too few for any learning rate.
 UPDATES_PER_EPOCH = 16
+EVALUATIONS = 5
 _BATCH_KEYS = {
     "train_batch_size",
     "per_device_train_batch_size",
@@ -72,7 +73,7 @@ class Schedule:
 
     def update_sizes(self, epoch: int, position: int) -> list[int]:
         """Rows of each update left in an epoch from a position on."""
-        left = self.epoch_rows(epoch) - position
+        left = max(0, self.epoch_rows(epoch) - position)
         sizes = [self.batch] * (left // self.batch)
         return [*sizes, left % self.batch] if left % self.batch else sizes
 
@@ -112,6 +113,24 @@ def _fit_batch(training: TrainingConfig, rows: int, choices: Choices) -> None:
         )
 
 
+def evaluation_interval(training: TrainingConfig, total: int) -> int:
+    """Updates between two evaluations."""
+    if training.eval_steps == "auto":
+        return max(1, total // EVALUATIONS)
+    return training.eval_steps
+
+
+def record_intervals(training: TrainingConfig, schedule: Schedule, choices: Choices) -> None:
+    """Notes how often is evaluated and saved where the user left it open."""
+    if training.eval_steps == "auto":
+        every = evaluation_interval(training, schedule.total)
+        reason = f"at least {EVALUATIONS} evaluations in {schedule.total} updates"
+        choices.record("training.eval_steps", every, reason)
+    if training.save_steps == "auto" and training.save_strategy == "steps":
+        reason = "also after each evaluation with a new best"
+        choices.record("training.save_steps", "ten minutes and each epoch", reason)
+
+
 @dataclass(frozen=True)
 class Update:
     """The rows of one update.
@@ -125,6 +144,11 @@ class Update:
     epoch: int
     position: int
     micro_batches: Sequence[MicroBatch]
+
+    @property
+    def rows(self) -> int:
+        """Rows in it."""
+        return sum(len(batch.bounds) for batch in self.micro_batches)
 
 
 def updates(

@@ -283,7 +283,7 @@ def check_identity(saved: Identity, now: Identity, folder: Path) -> list[str]:
             raise InputError(
                 code, f"{what} (fingerprint {before[:12]} -> {after[:12]})", where=where, fix=fix
             )
-    if dict(saved.parameters) != dict(now.parameters):
+    if list(saved.parameters.items()) != list(now.parameters.items()):  # the order counts too
         gone = [name for name in saved.parameters if name not in now.parameters]
         new = [name for name in now.parameters if name not in saved.parameters]
         other = [
@@ -294,7 +294,9 @@ def check_identity(saved: Identity, now: Identity, folder: Path) -> list[str]:
         raise InputError(
             "resume_adapter",
             f"the trained tensors differ: {len(gone)} missing {gone[:3]}, {len(new)} new "
-            f"{new[:3]}, {len(other)} of another shape {other[:3]}",
+            f"{new[:3]}, {len(other)} of another shape {other[:3]}"
+            if gone or new or other
+            else "the trained tensors come in another order",
             where=where,
             fix=fix,
         )
@@ -315,6 +317,24 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(saved)
     restore_random_state(torch.load(folder / RANDOM, map_location="cpu", weights_only=True))
+
+
+def forget_lost_best(root: Path, state: LoopState) -> str:
+    """Forgets a best checkpoint that is no longer there, so that another one can be the best.
+
+    Rotation keeps the best of the newest past: a run that goes back to an older checkpoint may
+    find that the best of that time was deleted since.
+
+    Returns:
+        What was forgotten, in words; empty where nothing was.
+    """
+    if state.best_step is None or state.best_step in complete_steps(root):
+        return ""
+    gone = f"step-{state.best_step} (held-out loss {state.best_loss:.4f})"
+    measured = state.last_eval == state.step
+    state.best_step, state.best_loss = (state.step, state.last_loss) if measured else (None, None)
+    state.stale = 0
+    return f"the best checkpoint until here, {gone}, is no longer there; the best is sought anew"
 
 
 def rotate(root: Path, limit: int | None, best: int | None) -> list[int]:
@@ -362,7 +382,8 @@ def publish_adapter(source: Path, target: Path) -> None:
         raise RunError("adapter_missing", "the checkpoint has no adapter", where=str(source))
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     internal = {STATE, OPTIMIZER, RANDOM, MARK}
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in target.parent.glob(f".{target.name}.*.tmp"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
     try:
         with disk_full_named(target, _size(source)):
             shutil.copytree(source, aside, ignore=lambda _, names: internal & set(names))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -19,18 +19,17 @@ from glasstune.core.protocols import MetricsWriter, Progress, StepHook
 from glasstune.core.tensors import load_tensors
 from glasstune.data.packing import PackedSet
 from glasstune.training import checkpoint as checkpoints
-from glasstune.training.batching import Schedule, Update, updates
+from glasstune.training.batching import Schedule, Update, evaluation_interval, updates
 from glasstune.training.checkpoint import Identity, LoopState
 from glasstune.training.heldout import heldout_loss
 from glasstune.training.metrics import MetricsLog, peak_memory_bytes
 from glasstune.training.optimizer import clip_gradients, set_learning_rate
 from glasstune.training.schedule import learning_rate
-from glasstune.training.signals import Interrupted, SignalWatch
+from glasstune.training.signals import Interrupted, SignalHook, SignalWatch
 from glasstune.training.step import AdaptedModel, UpdateResult, compute_update
 from glasstune.training.terms import Term
 
 SAVE_EVERY_SECONDS = 600
-EVALUATIONS = 5
 
 
 @dataclass
@@ -107,6 +106,11 @@ class Window:
     trained_tokens: int = 0
     seconds: float = 0.0
 
+    @property
+    def speed(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
     def add(self, result: UpdateResult, seconds: float) -> None:
         """Takes one update."""
         self.updates += 1
@@ -130,11 +134,12 @@ class Loop:
         self.watch = SignalWatch()
         self.metrics = MetricsLog(run.folder, state.attempt, run.writers)
         self.window = Window()
+        self._idle_rows = 0
+        self._rate = 0.0
         self._started = time.monotonic() - state.seconds
         self._last_save = time.monotonic()
-        total = run.schedule.total
-        evals, saves = run.config.training.eval_steps, run.config.training.save_steps
-        self.eval_every = max(1, total // EVALUATIONS) if evals == "auto" else evals
+        saves = run.config.training.save_steps
+        self.eval_every = evaluation_interval(run.config.training, run.schedule.total)
         self.save_every = None if saves == "auto" else saves
 
     def execute(self) -> Outcome:
@@ -162,6 +167,9 @@ class Loop:
             self._evaluate()
         elif self._eval_due() and state.last_eval != state.step:
             self._evaluate()  # the run was stopped between an update and its evaluation
+        if self._patience_over():  # before this start, or by that evaluation
+            self._save(force=True)
+            return "early_stopping"
         run.adapted.model.train()
         run.progress.start("train", total, "updates")
         run.progress.advance("train", state.step)
@@ -175,13 +183,19 @@ class Loop:
                 break
             self.watch.check()
             if not self._update(update):
+                self._refuse_idle_epoch()
                 continue
             if self._eval_due():
                 if self._evaluate() and self._patience_over():
+                    self._write_window()
                     self._save(force=True)
                     return "early_stopping"
                 run.adapted.model.train()
             self._save()
+        if state.step < total:  # skipped updates: the planned last one never came
+            self._write_window()
+            if 0 < state.step != state.last_eval:
+                self._evaluate()
         self._save(force=True)
         return "done"
 
@@ -194,10 +208,11 @@ class Loop:
             hook.before_update(step)
         result = compute_update(
             run.adapted, run.terms, update.micro_batches, step, update.epoch,
-            (*run.hooks, _SignalHook(self.watch)),
+            (*run.hooks, SignalHook(self.watch)),
         )  # fmt: skip
         if result is None:
             state.skipped += 1
+            self._idle_rows += update.rows
             self._move_to(update)
             run.progress.say(f"update skipped: no trained token before row {update.position}")
             return False
@@ -210,6 +225,7 @@ class Loop:
         run.optimizer.zero_grad(set_to_none=True)
         state.step = step
         state.trained_tokens += result.trained_tokens
+        self._idle_rows = 0
         self._move_to(update)
         self.window.add(result, time.monotonic() - started)
         self._log(step, rate)
@@ -219,8 +235,22 @@ class Loop:
     def _move_to(self, update: Update) -> None:
         state = self.state
         state.epoch, state.position = update.epoch, update.position
-        if state.position >= self.run.schedule.epoch_rows(state.epoch):
+        # A fraction of an epoch stays open: a resumed run may be given the rest of it.
+        if state.position >= self.run.schedule.rows:
             state.epoch, state.position = state.epoch + 1, 0
+
+    def _refuse_idle_epoch(self) -> None:
+        """Stops where an epoch of rows gave no update: with `max_steps` it would never end."""
+        rows = self.run.schedule.rows
+        if self._idle_rows >= rows:
+            raise RunError(
+                "nothing_trained",
+                f"the last {self._idle_rows} rows, a whole epoch, had no trained token: every loss "
+                "term counted nothing in them",
+                where=f"step {self.state.step}",
+                fix="look at losses (sources, counts of your own functions) and at loss_weight of "
+                "the sources",
+            )
 
     def _ask_hooks(self, step: int, rate: float) -> None:
         for hook in self.run.hooks:
@@ -243,26 +273,30 @@ class Loop:
                 )
 
     def _log(self, step: int, rate: float) -> None:
-        window, state = self.window, self.state
-        last = step == self.run.schedule.total
-        speed = window.tokens / window.seconds if window.seconds > 0 else 0.0
+        window = self.window
+        self._rate = rate
         self.run.progress.advance(
-            "train", 1, loss=window.loss / window.updates, tokens_per_second=speed
+            "train", 1, loss=window.loss / window.updates, tokens_per_second=window.speed
         )
-        if step % self.run.config.training.logging_steps and not last:
+        if step % self.run.config.training.logging_steps == 0 or step == self.run.schedule.total:
+            self._write_window()
+
+    def _write_window(self) -> None:
+        window, state = self.window, self.state
+        if window.updates == 0:
             return
         self.metrics.write(
             {
                 "event": "train",
-                "step": step,
+                "step": state.step,
                 "epoch": self._epoch(),
                 "loss": window.loss / window.updates,
                 "losses": {name: sum(all_) / len(all_) for name, all_ in window.losses.items()},
-                "learning_rate": rate,
+                "learning_rate": self._rate,
                 "grad_norm": window.grad_norm,
                 "tokens": window.tokens,
                 "trained_tokens": window.trained_tokens,
-                "tokens_per_second": speed,
+                "tokens_per_second": window.speed,
                 "step_seconds": window.seconds / window.updates,
                 "peak_memory_bytes": peak_memory_bytes(self.run.adapted.device),
             }
@@ -313,7 +347,7 @@ class Loop:
 
     def _save_due(self) -> bool:
         state, schedule = self.state, self.run.schedule
-        at_epoch_end = state.position == 0
+        at_epoch_end = state.position in (0, schedule.epoch_rows(state.epoch))
         if state.best_step == state.step:
             return True  # the best must exist on disk
         if self.run.config.training.save_strategy == "epoch":
@@ -336,27 +370,6 @@ class Loop:
         self._last_save = time.monotonic()
         self.metrics.write({"event": "save", "step": state.step, "epoch": self._epoch()})
         checkpoints.rotate(run.checkpoints, run.config.training.save_total_limit, state.best_step)
-
-
-class _SignalHook:
-    """Looks for a signal before every backward, so that a long update does not delay it."""
-
-    def __init__(self, watch: SignalWatch) -> None:
-        self.watch = watch
-
-    def before_update(self, step: int) -> None:
-        """Nothing."""
-
-    def before_backward(self, step: int, terms: Mapping[str, Any], batch: Any) -> None:
-        """Raises `Interrupted` where a signal has come."""
-        self.watch.check()
-
-    def after_backward(self, step: int, model: Any, optimizer: Any) -> None:
-        """Nothing."""
-
-    def after_update(self, step: int, model: Any, learning_rate: float) -> Sequence[Finding]:
-        """Nothing."""
-        return ()
 
 
 def load_best(run: Run, state: LoopState) -> tuple[int, Path]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from glasstune.core.choices import Choices
 from glasstune.core.config import Config
-from glasstune.core.units import format_bytes
+from glasstune.core.units import format_bytes, parse_bytes
 
 
 def enable_recompute(model: Any, config: Config, rows: int, choices: Choices) -> None:
@@ -27,7 +29,11 @@ def enable_recompute(model: Any, config: Config, rows: int, choices: Choices) ->
     training = config.training
     if training.recompute == "auto":
         needed = _activation_bytes(model.config, rows * config.data.max_length)
-        free = _free_bytes(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        free = _free_bytes(device)
+        if training.max_memory is not None:
+            limit = parse_bytes(training.max_memory, where="training.max_memory")
+            free = max(0, min(free, limit - _used_bytes(device)))
         fits = needed < free / 2
         training.recompute = choices.record(
             "training.recompute",
@@ -50,6 +56,15 @@ def _activation_bytes(config: Any, tokens: int) -> int:
     inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
     layers = int(text.num_hidden_layers)
     return 4 * tokens * layers * (16 * hidden + 6 * inner)
+
+
+def _used_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if sys.platform != "linux":
+        return 0
+    resident = Path("/proc/self/statm").read_text().split()[1]
+    return int(resident) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
+
+from glasstune.core.findings import Finding
 
 
 class Interrupted(Exception):
@@ -57,4 +59,22 @@ class SignalWatch:
         return signal.Signals(self.received).name if self.received else ""
 
 
-Check = Callable[[], None]
+class SignalHook:
+    """Looks for a signal before every backward, so that a long update does not delay it."""
+
+    def __init__(self, watch: SignalWatch) -> None:
+        self.watch = watch
+
+    def before_update(self, step: int) -> None:
+        """Nothing."""
+
+    def before_backward(self, step: int, terms: Mapping[str, Any], batch: Any) -> None:
+        """Raises `Interrupted` where a signal has come."""
+        self.watch.check()
+
+    def after_backward(self, step: int, model: Any, optimizer: Any) -> None:
+        """Nothing."""
+
+    def after_update(self, step: int, model: Any, learning_rate: float) -> Sequence[Finding]:
+        """Nothing."""
+        return ()

@@ -147,7 +147,7 @@ def update_counts(
 
     Built-in terms count labels. A user's function is the only one who knows its count: with one
     micro-batch it is taken from the result itself (None is returned); with several, the function
-    is run once without gradients, unless it offers `function.count(batch)`'s cheaper answer.
+    is run once more before, without gradients.
     """
     unknown = [term for term in terms if term.function is not None]
     if unknown and len(batches) == 1:
@@ -214,7 +214,10 @@ def compute_update(
             continue
         for hook in hooks:
             hook.before_backward(step, scaled, batch)
-        torch.stack([scale * value for scale, value in scaled.values()]).sum().backward()  # type: ignore[no-untyped-call]
+        # A user's sum over nothing may have no graph.
+        parts = [scale * value for scale, value in scaled.values() if value.requires_grad]
+        if parts:
+            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         sums.extend((index, name, value.detach()) for name, (_, value) in scaled.items())
     if not sums:
         return None

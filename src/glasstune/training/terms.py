@@ -7,6 +7,8 @@ changes nothing. Shape letters: N trained positions, d hidden size, V vocabulary
 from __future__ import annotations
 
 import importlib.util
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -220,6 +222,7 @@ def load_function(spec: str, where: str, base_folder: Path) -> UserLoss:
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickle look the module up by name
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
@@ -339,4 +342,19 @@ def _user_term(term: Term, batch: LossBatch) -> tuple[Tensor, float]:
             where=term.config.function or "",
             fix="sum it to a scalar",
         )
-    return total.float(), float(count)
+    number = float(count)
+    if not 0 <= number < math.inf:  # NaN too
+        raise RunError(
+            "loss_count",
+            f"loss term {term.name!r} returned the count {number}",
+            where=term.config.function or "",
+            fix="return how many things were summed, 0 where there are none",
+        )
+    if number and torch.is_grad_enabled() and not total.requires_grad:
+        raise RunError(
+            "loss_without_graph",
+            f"loss term {term.name!r} returned a sum that leads to no trained tensor",
+            where=term.config.function or "",
+            fix="compute it from batch.hidden or batch.logits(), without detach, item or no_grad",
+        )
+    return total.float().to(batch.hidden.device), number

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glasstune.core.choices import Choices
-from glasstune.core.config import Config
+from glasstune.core.config import AuditConfig, Config, DistributedConfig
 from glasstune.core.config_load import dump_config
 from glasstune.core.errors import InputError
 from glasstune.core.protocols import Progress
 from glasstune.core.records import DryRunRecord
+from glasstune.core.units import parse_bytes
 
 if TYPE_CHECKING:
     from glasstune.data.prepare import PreparedData
@@ -66,7 +67,7 @@ def prepare(config: Config, choices: Choices, progress: Progress) -> Prepared:
     from glasstune.models.facts import model_facts
     from glasstune.models.load import choose_device
     from glasstune.models.resolve import resolve_model
-    from glasstune.training.batching import make_schedule
+    from glasstune.training.batching import make_schedule, record_intervals
     from glasstune.training.terms import resolve_terms
 
     model = config.model
@@ -82,9 +83,12 @@ def prepare(config: Config, choices: Choices, progress: Progress) -> Prepared:
         progress=progress,
     )
     config.data = data.config
-    terms = resolve_terms(config.losses, data.sources)
+    # The names of validation files come last; a term sees none of their rows.
+    terms = resolve_terms(config.losses, data.sources[: len(config.data.sources)])
     device = choose_device(model.device, choices).type
+    _check_validation(config, data)
     schedule = make_schedule(config, data.train, device, choices)
+    record_intervals(config.training, schedule, choices)
     config.training.per_device_train_batch_size = schedule.micro
     pad_id = tokenizer.pad_token_id
     if pad_id is None:
@@ -100,12 +104,17 @@ def check_supported(config: Config) -> None:
     Raises:
         InputError: Names the key.
     """
-    training = config.training
+    training, model = config.training, config.model
+    other = training.compute == "bf16" and model.dtype != "bfloat16"
+    limit = training.distributed.timeout_seconds
     waiting = {
         "training.recompute": training.recompute == "offload",
-        "training.compute": training.compute == "fp8",
+        "training.compute": training.compute == "fp8" or other,
         "training.compile": training.compile is True,
         "training.distributed.strategy": training.distributed.strategy != "auto",
+        "training.distributed.timeout_seconds": limit != DistributedConfig().timeout_seconds,
+        # 0 asks for none, and the default asks for nothing in particular.
+        "audit.every_n_steps": config.audit.every_n_steps not in (0, AuditConfig().every_n_steps),
     }
     for key, asked in waiting.items():
         if asked:
@@ -113,5 +122,27 @@ def check_supported(config: Config) -> None:
                 "not_built",
                 "this setting is planned and not built yet",
                 where=key,
-                fix="leave it at its default",
+                fix="set model.dtype: it is the type of the products too"
+                if key == "training.compute" and other
+                else "leave it at its default",
             )
+    if training.max_memory is not None:
+        parse_bytes(training.max_memory, where="training.max_memory")
+    if training.save_strategy == "epoch" and training.save_steps != "auto":
+        raise InputError(
+            "contradiction",
+            f"training.save_steps is {training.save_steps}, but training.save_strategy is epoch",
+            where="training.save_steps",
+            fix="keep one of them",
+        )
+
+
+def _check_validation(config: Config, data: PreparedData) -> None:
+    """Refuses what asks for held-out rows where there are none."""
+    if data.validation is None and config.training.early_stopping_patience is not None:
+        raise InputError(
+            "no_validation",
+            "early stopping needs held-out rows, and there are none",
+            where="training.early_stopping_patience",
+            fix="give data.validation, or raise data.validation_split",
+        )

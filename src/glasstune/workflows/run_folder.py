@@ -57,7 +57,7 @@ def output_folder(config: Config, choices: Choices) -> Path:
 
 
 def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Makes the folder ready, or refuses to touch a run that is there.
+    """Makes the folder, or refuses to touch a run that is there; nothing is removed yet.
 
     Raises:
         InputError: It holds a run and neither way was named, both were, it is a file, or there
@@ -92,12 +92,19 @@ def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             fix="--resume goes on with it, --overwrite starts anew, "
             "training.output_dir=... writes elsewhere",
         )
-    if overwrite:
-        for name in OWN_FILES:
-            (folder / name).unlink(missing_ok=True)
-        for name in OWN_FOLDERS:
-            shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def clear_run(folder: Path) -> None:
+    """Removes what an earlier run wrote, for `--overwrite`.
+
+    Call it once the new run's data, model and adapter are read: a mistake in the config must not
+    cost the old run, and the new one may start from the old one's adapter.
+    """
+    for name in OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name in OWN_FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -62,7 +62,7 @@ def train(
     prepared = prepare(config, choices, progress)
     if dry_run:
         return prepared.dry_run_record()
-    session = _Session(config, folder, choices, prepared, progress, list(notes))
+    session = _Session(config, folder, choices, prepared, progress, list(notes), overwrite)
     run, state = session.open(resume)
     return session.close(run, _loop(run, state), started)
 
@@ -83,6 +83,7 @@ class _Session:
     prepared: Prepared
     progress: Progress
     notes: list[str]
+    overwrite: bool = False
     findings: list[Finding] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -97,6 +98,8 @@ class _Session:
         adapted = self._adapt(base)
         parameters = trainable(adapted.model)
         optimizer = make_optimizer(parameters, self.config.training)
+        if self.overwrite:
+            run_folder.clear_run(self.folder)
         run = Run(
             config=self.config,
             folder=self.folder,
@@ -254,6 +257,9 @@ class _Session:
         checkpoint.restore(folder, run.adapted.model, run.optimizer)
         checkpoint.set_aside_newer(run.checkpoints, state.step, self.progress.say)
         supersede(self.folder, state.step)
+        if forgotten := checkpoint.forget_lost_best(run.checkpoints, state):
+            self.findings.append(Finding("best_lost", "warning", str(folder), forgotten))
+            self.progress.say(f"warning: {forgotten}")
         state.attempt += 1
         self.choices.record("resume", folder.name, f"goes on after update {state.step}")
         if state.total != run.schedule.total:
