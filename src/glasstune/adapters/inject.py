@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from glasstune.adapters.masters import make_masters_float32
-from glasstune.adapters.options import build_lora_config, linear_names, peft_remarks_unsaid
+from glasstune.adapters.options import (
+    build_lora_config,
+    check_asked,
+    linear_names,
+    peft_remarks_unsaid,
+)
 from glasstune.adapters.reading import fit_keys, read_adapter_file
 from glasstune.adapters.state import adapter_state, restore_state
 from glasstune.core.errors import InputError, RunError
@@ -42,19 +47,23 @@ def add_adapter(model: PreTrainedModel, **options: Any) -> PeftModel:
     return _inject(model, build_lora_config(options, model))
 
 
-def start_from(model: PreTrainedModel, folder: Path | str) -> PeftModel:
+def start_from(
+    model: PreTrainedModel, folder: Path | str, asked: Mapping[str, Any] | None = None
+) -> PeftModel:
     """Adds a saved LoRA adapter and leaves it trainable.
 
     Args:
         model: The plain base model.
         folder: A folder in PEFT's format.
+        asked: Options that the user gave beside the folder.
 
     Raises:
-        InputError: No adapter there, not LoRA, or its tensors do not fit the model: both lists
-            of names are given.
+        InputError: No adapter there, not LoRA, an option that is not the saved adapter's, or its
+            tensors do not fit the model: both lists of names are given.
     """
     folder = Path(folder)
     config = _read_config(folder)
+    check_asked(asked or {}, config, model, folder)
     config.inference_mode = False
     config.base_model_name_or_path = None  # PEFT writes the name of the model at hand
     wrapped = _inject(model, config)

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, TaskType
@@ -40,14 +41,15 @@ def build_lora_config(options: Mapping[str, Any], model: nn.Module) -> LoraConfi
         InputError: `unknown_key`, `bad_value`, `target_not_found` or `module_not_found`.
     """
     options = dict(options)
-    check_names(
-        options, lora_option_names(), code="unknown_key", owner="LoraConfig", where="adapter"
-    )
+    _check_keys(options)
     options.setdefault("task_type", TaskType.CAUSAL_LM)
     if options.get("target_modules") is None and not options.get("target_parameters"):
         options["target_modules"] = ALL_LINEAR
     paths = [path for path, _ in model.named_modules() if path]
-    _check_targets(options.get("target_modules"), paths, model)
+    _check_start(options.get("init_lora_weights"))
+    if options.get("target_modules") or not options.get("target_parameters"):
+        _check_targets(options.get("target_modules"), paths, model)
+    _check_parameters(options.get("target_parameters"), model)
     if options.get("layers_to_transform") is not None and _is_all_linear(options["target_modules"]):
         # PEFT filters by layer only where the targets are a list of names.
         options["target_modules"] = [n for n in linear_names(model) if n != _head_name(model)]
@@ -62,6 +64,50 @@ def build_lora_config(options: Mapping[str, Any], model: nn.Module) -> LoraConfi
         ) from error
     _check_patterns(config, paths, model)
     return config
+
+
+def check_asked(
+    asked: Mapping[str, Any], saved: LoraConfig, model: nn.Module, folder: Path
+) -> None:
+    """Refuses an option beside a saved adapter that is not the saved adapter's own.
+
+    Raises:
+        InputError: `unknown_key` or `contradiction`.
+    """
+    _check_keys(asked)
+    for key, value in asked.items():
+        has = getattr(saved, key)
+        if key == "init_lora_weights" or _sorted(value) == _sorted(has):
+            continue  # how it once started does not matter to weights that go on
+        if key == "target_modules" and _targeted(value, model) == _targeted(has, model):
+            continue
+        raise InputError(
+            "contradiction",
+            f"adapter.{key} is {asked[key]!r}, but the adapter in {folder} has {_sorted(has)!r}",
+            where=f"adapter.{key}",
+            fix=f"leave {key} out: an adapter that goes on keeps its options",
+        )
+
+
+def saved_options(config: LoraConfig) -> dict[str, Any]:
+    """Returns the four options that a config always names, as plain values."""
+    names = ("r", "lora_alpha", "lora_dropout", "target_modules")
+    return {name: _sorted(getattr(config, name)) for name in names}
+
+
+def _targeted(target: Any, model: nn.Module) -> set[str]:
+    """Paths of the modules that a `target_modules` means."""
+    paths = [path for path, _ in model.named_modules()]
+    if _is_all_linear(target):
+        linear, head = set(linear_names(model)), _head_name(model)
+        return {path for path in paths if path.rsplit(".", 1)[-1] in linear - {head}}
+    if isinstance(target, str):
+        return {path for path in paths if re.fullmatch(target, path)}
+    return {path for path in paths if any(_hits(name, [path]) for name in target or ())}
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, list, tuple)) else value
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -100,6 +146,37 @@ def _head_name(model: Any) -> str | None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     paths = [path for path, module in model.named_modules() if module is head]
     return paths[0].rsplit(".", 1)[-1] if head is not None and paths else None
+
+
+def _check_keys(options: Mapping[str, Any]) -> None:
+    check_names(
+        options, lora_option_names(), code="unknown_key", owner="LoraConfig", where="adapter"
+    )
+
+
+def _check_start(how: Any) -> None:
+    """Refuses a start that PEFT leaves to a later pass over data: without it, it is the plain one.
+
+    Raises:
+        InputError: `not_built`.
+    """
+    if how == "eva":
+        raise InputError(
+            "not_built",
+            "init_lora_weights=eva needs a pass over the data, which is not built yet",
+            where="adapter.init_lora_weights",
+            fix="leave it out, or use one of gaussian, pissa, olora, orthogonal",
+        )
+
+
+def _check_parameters(asked: Any, model: nn.Module) -> None:
+    """Refuses a parameter name that the model does not have; PEFT only warns."""
+    paths = [path for path, _ in model.named_parameters()]
+    missing = [name for name in asked or () if not _hits(name, paths)]
+    if missing:
+        raise _not_found(
+            f"no parameter is named {', '.join(map(repr, missing))}", model, "target_parameters"
+        )
 
 
 def _check_targets(target: Any, paths: Sequence[str], model: nn.Module) -> None:

@@ -74,7 +74,8 @@ def verify_saved(model: PeftModel, folder: Path, *, learned: bool = True) -> Non
         header = 8 + int.from_bytes(file.read(8), "little")
     if path.stat().st_size != header + _bytes(state):
         raise _damaged(path, f"{path.stat().st_size} bytes instead of {header + _bytes(state)}")
-    ups = [tensor for name, tensor in saved.items() if "lora_B" in name or "embedding_B" in name]
+    # What starts at zero: B of a linear layer, A of an embedding.
+    ups = [t for name, t in saved.items() if "lora_B" in name or "lora_embedding_A" in name]
     if learned and ups and not any(bool(tensor.any()) for tensor in ups):
         raise _damaged(path, f"all {len(ups)} lora_B tensors are zero: nothing was learned")
 

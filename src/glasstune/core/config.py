@@ -63,6 +63,10 @@ class AdapterConfig(BaseModel):
         """Returns all keys but `path`: what `LoraConfig` takes."""
         return self.model_dump(exclude={"path"})
 
+    def given_options(self) -> dict[str, Any]:
+        """Returns the keys of `lora_options` that were set, not left at their default."""
+        return self.model_dump(exclude={"path"}, exclude_unset=True)
+
 
 class SourceConfig(Section):
     """One data source."""

@@ -16,7 +16,7 @@ def save_tensors(
     """Writes tensors to a safetensors file (contiguous copies on the CPU).
 
     Args:
-        tensors: Name to tensor; no two may share memory.
+        tensors: Name to tensor; what shares memory is written once for each name.
         path: The file; its folder exists.
         metadata: Strings stored in the file's header.
 
@@ -25,7 +25,12 @@ def save_tensors(
     """
     from safetensors.torch import save_file
 
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    written: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        plain[name] = value.clone() if value.data_ptr() in written else value
+        written.add(value.data_ptr())
     save_file(plain, path, metadata=dict(metadata or {"format": "pt"}))
 
 

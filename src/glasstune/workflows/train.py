@@ -143,6 +143,7 @@ class _Session:
             keep_activation_dtype,
             start_from,
         )
+        from glasstune.adapters.options import saved_options
         from glasstune.models.families.install import install_packing
         from glasstune.models.head import split_head
         from glasstune.models.load import autocast_dtype
@@ -161,7 +162,9 @@ class _Session:
         torch.use_deterministic_algorithms(self.config.training.deterministic)
         adapter = self.config.adapter
         if adapter.path is not None:
-            model = start_from(base, adapter.path)
+            model = start_from(base, adapter.path, adapter.given_options())
+            for name, value in saved_options(model.peft_config[model.active_adapter]).items():
+                setattr(adapter, name, value)  # what config.yaml then says is what is trained
             self.choices.record("adapter", adapter.path, "adapter.path: its weights go on")
         else:
             model = add_adapter(base, **adapter.lora_options())
