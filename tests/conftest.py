@@ -14,8 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from runs import QuietProgress  # noqa: E402
-from tiny import save_tiny_model  # noqa: E402
+from runs import QuietProgress
+from tiny import save_tiny_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

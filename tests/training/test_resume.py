@@ -176,6 +176,22 @@ def test_other_data_and_another_base_are_refused(tiny_llama, qa_file, tmp_path) 
     assert caught.value.code == "resume_base"
 
 
+def test_an_edited_loss_function_is_another_loss(tiny_llama, qa_file, tmp_path) -> None:
+    output, file = tmp_path / "run", tmp_path / "my_loss.py"
+    file.write_text("def loss(batch):\n    return batch.hidden.square().sum(), len(batch)\n")
+    losses = [{"name": "next_token"}, {"name": "mine", "weight": 0.1, "function": f"{file}:loss"}]
+    with pytest.raises(StoppedBySignal):
+        train(tiny_run(tiny_llama, qa_file, output, losses=losses), progress=StopAfter(2))
+    file.write_text(file.read_text().replace("square", "abs"))
+    with pytest.raises(InputError) as caught:
+        train(
+            tiny_run(tiny_llama, qa_file, output, losses=losses),
+            resume=True, progress=QuietProgress(),
+        )  # fmt: skip
+    assert caught.value.code == "resume_config"
+    assert "losses.mine.code" in caught.value.message
+
+
 def test_more_epochs_on_resume_are_allowed_and_said(tiny_llama, qa_file, tmp_path) -> None:
     output = tmp_path / "run"
     stop(tiny_llama, qa_file, output, 2)

@@ -131,6 +131,28 @@ def test_g04_any_split_gives_the_same_update(tiny_llama, qa_file, tmp_path, drop
     assert distance(results[2], results[0]) < 2e-5
 
 
+def test_g04_the_base_models_own_dropout_does_not_depend_on_the_split(qa_file, tmp_path) -> None:
+    """GPT-2 drops embeddings and residuals by default; each row has masks of its own."""
+    model = save_tiny_model(tmp_path / "gpt2", "gpt2", attn_pdrop=0.0)
+    grads = [
+        one_update(
+            model, qa_file, tmp_path / str(micro),
+            adapter={"lora_dropout": 0.2}, training={"per_device_train_batch_size": micro},
+        )[3]
+        for micro in (4, 2, 1)
+    ]  # fmt: skip
+    assert distance(grads[1], grads[0]) < 1e-5
+    assert distance(grads[2], grads[0]) < 1e-5
+
+
+def test_dropout_that_depends_on_the_split_is_said(qa_file, tmp_path, quiet) -> None:
+    model = save_tiny_model(tmp_path / "gpt2", "gpt2", attn_pdrop=0.1)
+    record = train(
+        tiny_run(model, qa_file, tmp_path / "run", training={"max_steps": 2}), progress=quiet
+    )
+    assert "dropout_per_micro_batch" in {finding.code for finding in record.findings}
+
+
 def test_recompute_gives_the_same_bits(tiny_llama, qa_file, tmp_path) -> None:
     """Non-reentrant recomputation with dropout: equal gradients (G01)."""
     options = {"adapter": {"lora_dropout": 0.3}}

@@ -147,9 +147,9 @@ class WeightSchedule(Section):
     start: float = Field(alias="from")
     """Weight at the first update."""
     end: float = Field(alias="to")
-    """Weight from update `steps` on."""
+    """Weight after `steps` updates."""
     steps: int = Field(ge=1)
-    """Updates over which the weight moves."""
+    """Updates over which the weight moves; `to` is reached at update steps + 1."""
 
     def at(self, step: int) -> float:
         """Returns the weight of the 1-based update `step`."""

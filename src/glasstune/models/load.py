@@ -102,26 +102,24 @@ def autocast_dtype(model: PreTrainedModel) -> torch.dtype | None:
     """Returns the type that training's products should be autocast to, None for float32.
 
     float16 weights are multiplied in bfloat16 where the device has it: its range is float32's, so
-    no loss scaling is needed.
+    no loss scaling is needed. Where it does not, `load_base` has widened them to float32.
     """
     dtype: torch.dtype = model.dtype
     if dtype == torch.float32:
         return None
-    if dtype == torch.float16 and model.device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return dtype
+    return torch.bfloat16
 
 
 def _compute_dtype(dtype: torch.dtype, device: torch.device, choices: Choices) -> torch.dtype:
-    if dtype == torch.float16 and device.type == "cpu":
-        choices.record(
-            "model.compute_dtype",
-            "float32",
-            "float16 products overflow at 65,504 and are slow on a CPU: weights are rounded to "
-            "float16 and multiplied in float32",
-        )
-        return torch.float32
-    return dtype
+    if dtype != torch.float16 or (device.type == "cuda" and torch.cuda.is_bf16_supported()):
+        return dtype
+    choices.record(
+        "model.compute_dtype",
+        "float32",
+        "float16 products overflow at 65,504 and are slow on a CPU: weights are rounded to "
+        "float16 and multiplied in float32",
+    )
+    return torch.float32
 
 
 def _attention(config: ModelConfig, resolved: ResolvedModel, choices: Choices) -> str | None:

@@ -14,9 +14,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Attention probabilities, and BLOOM's residuals.
+_FUNCTIONAL = ("attention_dropout", "attn_pdrop", "hidden_dropout")
 
 
 def mix(*parts: int | str) -> int:
@@ -56,13 +60,13 @@ class RowDropout(nn.Module):
         self.rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drops entries of x, float [R, L, d]; other shapes count as one row."""
+        """Drops entries of x, float [R, ...]; fewer than three dimensions count as one row."""
         if not self.training or self.p == 0.0:
             return x
         generator = torch.Generator(device=x.device)
         keep = 1.0 - self.p
         mask = torch.empty_like(x)
-        parts = mask.unbind(0) if x.dim() == 3 else (mask,)
+        parts = mask.unbind(0) if x.dim() >= 3 else (mask,)
         for index, part in enumerate(parts):
             rows = self.rows
             generator.manual_seed(mix(rows.seed, rows.epoch, rows.position + index, self.name))
@@ -74,8 +78,8 @@ class RowDropout(nn.Module):
         return f"p={self.p}"
 
 
-def seed_adapter_dropout(model: nn.Module, rows: RowSeeds) -> int:
-    """Replaces the dropout of every adapter by `RowDropout`.
+def seed_dropout(model: nn.Module, rows: RowSeeds) -> int:
+    """Replaces every dropout module of adapters and base model by `RowDropout`.
 
     The output head's adapter keeps torch's dropout: the head runs once a chunk, and a mask per
     row would repeat in each chunk. It draws after the backbone, so it shifts nothing.
@@ -88,13 +92,28 @@ def seed_adapter_dropout(model: nn.Module, rows: RowSeeds) -> int:
         Number of dropouts replaced.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    behind_head = {id(part) for part in head.modules()} if head is not None else set()
     replaced = 0
-    for name, module in model.named_modules():
-        dropouts = getattr(module, "lora_dropout", None)
-        if not isinstance(dropouts, nn.ModuleDict) or module is head:
-            continue
-        for key, dropout in dropouts.items():
-            if isinstance(dropout, nn.Dropout) and dropout.p > 0:
-                dropouts[key] = RowDropout(dropout.p, f"{name}.{key}", rows)
+    for path, module in list(model.named_modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Dropout and child.p > 0 and id(child) not in behind_head:
+                setattr(module, name, RowDropout(child.p, f"{path}.{name}", rows))
                 replaced += 1
     return replaced
+
+
+def unseeded_dropout(config: Any) -> dict[str, float]:
+    """Dropout that a model applies inside functions, where no module can be replaced.
+
+    It draws from torch's global stream, seeded anew for each micro-batch: repeatable, but another
+    split of the same rows into micro-batches gives other masks.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        Config key to probability, of those above 0.
+    """
+    text = config.get_text_config(decoder=True)
+    found = {name: float(getattr(text, name, 0.0) or 0.0) for name in _FUNCTIONAL}
+    return {name: value for name, value in found.items() if value > 0}

@@ -21,6 +21,7 @@ from torch.nn.functional import log_softmax
 
 from glasstune.core.config import LossConfig
 from glasstune.core.errors import InputError, RunError
+from glasstune.core.files import sha256_file
 from glasstune.kernels.linear_cross_entropy import (
     chunk_rows,
     chunked_head_sums,
@@ -127,11 +128,20 @@ class Term:
         config: Name, weight, sources.
         source_indices: Sources that it sees; None = all.
         function: The user's function, or None for a built-in.
+        folder: Where the path of its file starts.
     """
 
     config: LossConfig
     source_indices: tuple[int, ...] | None
     function: UserLoss | None
+    folder: Path = Path()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the user's file, empty for a built-in term: edited code is another loss."""
+        if self.config.function is None:
+            return ""
+        return sha256_file(self.folder / self.config.function.rpartition(":")[0])
 
     @property
     def name(self) -> str:
@@ -197,7 +207,9 @@ def resolve_terms(
                 )
             indices.append(list(source_names).index(source))
         function = load_function(loss.function, where, base_folder) if loss.function else None
-        terms.append(Term(loss, tuple(indices) if loss.sources is not None else None, function))
+        terms.append(
+            Term(loss, tuple(indices) if loss.sources is not None else None, function, base_folder)
+        )
     return tuple(terms)
 
 

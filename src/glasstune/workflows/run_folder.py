@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import shutil
@@ -136,6 +137,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def attempts(folder: Path) -> int:
+    """Number of starts that a run has had, by its `run.json`."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return 0
+    return int(json.loads(path.read_text(encoding="utf-8")).get("attempt", 0))
 
 
 def write_start(folder: Path, config: Config, choices: Choices, extra: dict[str, Any]) -> None:

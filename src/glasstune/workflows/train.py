@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -147,7 +148,7 @@ class _Session:
         from glasstune.models.families.install import install_packing
         from glasstune.models.head import split_head
         from glasstune.models.load import autocast_dtype
-        from glasstune.training.dropout import RowSeeds, seed_adapter_dropout
+        from glasstune.training.dropout import RowSeeds, seed_dropout, unseeded_dropout
         from glasstune.training.recompute import enable_recompute
         from glasstune.training.step import AdaptedModel
 
@@ -159,6 +160,8 @@ class _Session:
         if not split.proven:
             self.choices.record("loss.full_logits", True, split.reason)
         torch.manual_seed(self.config.training.seed)
+        if self.config.training.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product
         torch.use_deterministic_algorithms(self.config.training.deterministic)
         adapter = self.config.adapter
         if adapter.path is not None:
@@ -168,14 +171,18 @@ class _Session:
             self.choices.record("adapter", adapter.path, "adapter.path: its weights go on")
         else:
             model = add_adapter(base, **adapter.lora_options())
-        for finding in adapter_findings(model):
-            self.findings.append(finding)
-            self.progress.say(f"{finding.severity}: {finding.message}")
+        self._note(*adapter_findings(model))
         autocast = autocast_dtype(base)
         if autocast is not None:
             keep_activation_dtype(model)
         rows = RowSeeds()
-        seed_adapter_dropout(model, rows)
+        seed_dropout(model, rows)
+        for key, share in unseeded_dropout(base.config).items():
+            text = (
+                f"the base model itself drops {share:g} there, seeded by micro-batch: another "
+                "split of the same update gives slightly other gradients"
+            )
+            self._note(Finding("dropout_per_micro_batch", "warning", f"model's {key}", text))
         enable_recompute(model, self.config, self.prepared.schedule.micro, self.choices)
         return AdaptedModel(
             model=model,
@@ -188,13 +195,21 @@ class _Session:
             rows=rows,
         )
 
+    def _note(self, *findings: Finding) -> None:
+        for finding in findings:
+            self.findings.append(finding)
+            self.progress.say(f"{finding.severity}: {finding.where}: {finding.message}")
+
     def _identity(self, adapted: AdaptedModel, parameters: Any) -> Identity:
         import torch
 
         from glasstune.training.checkpoint import Identity
 
         return Identity(
-            config=run_folder.binding_config(self.config),
+            config={
+                **run_folder.binding_config(self.config),
+                **{f"losses.{term.name}.code": term.fingerprint for term in self.prepared.terms},
+            },
             data=self.prepared.data.fingerprint,
             base=self.prepared.resolved.fingerprint,
             parameters={name: list(value.shape) for name, value in parameters.items()},
@@ -246,24 +261,19 @@ class _Session:
             self.choices.record(
                 "resume", "start", "the run was stopped before its first complete checkpoint"
             )
-            return checkpoint.LoopState(total=run.schedule.total)
+            return checkpoint.LoopState(
+                total=run.schedule.total, attempt=run_folder.attempts(self.folder) + 1
+            )
         state, saved = checkpoint.read_state(folder)
         for difference in checkpoint.check_identity(saved, run.identity, folder):
-            finding = Finding(
-                "resume_environment",
-                "warning",
-                str(folder),
-                f"the machine differs ({difference}): weights will agree closely, not bit for bit",
-            )
-            self.findings.append(finding)
-            self.progress.say(f"warning: {finding.message}")
+            text = f"the machine differs ({difference}): weights agree closely, not bit for bit"
+            self._note(Finding("resume_environment", "warning", str(folder), text))
         checkpoint.restore(folder, run.adapted.model, run.optimizer)
         checkpoint.set_aside_newer(run.checkpoints, state.step, self.progress.say)
         supersede(self.folder, state.step)
         if forgotten := checkpoint.forget_lost_best(run.checkpoints, state):
-            self.findings.append(Finding("best_lost", "warning", str(folder), forgotten))
-            self.progress.say(f"warning: {forgotten}")
-        state.attempt += 1
+            self._note(Finding("best_lost", "warning", str(folder), forgotten))
+        state.attempt = run_folder.attempts(self.folder) + 1
         self.choices.record("resume", folder.name, f"goes on after update {state.step}")
         if state.total != run.schedule.total:
             self.choices.record(
