@@ -75,7 +75,8 @@ def test_fields_in_words():
     )
 
 
-def test_a_console_without_a_terminal_does_not_break_lines():
+def test_a_console_without_a_terminal_does_not_break_lines(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     stream = io.StringIO()
     console_for(stream).print("x" * 110)
     assert stream.getvalue() == "x" * 110 + "\n"
