@@ -64,6 +64,19 @@ def test_a_small_data_set_gets_a_smaller_batch_and_the_user_is_obeyed() -> None:
     assert make_schedule(asked, data, "cpu", Choices()).batch == 16
 
 
+@pytest.mark.parametrize(
+    ("batch", "length", "micro"),
+    [(16, 512, 4), (7, 512, 4), (6, 512, 3), (5, 1024, 2), (8, 4096, 1)],
+)
+def test_forwards_are_equal_parts_that_fit(batch: int, length: int, micro: int) -> None:
+    data = PackedSet((), tuple(np.zeros(1, np.int32) for _ in range(73)), True, length)
+    config = Config(
+        model={"path": "m"}, data={"sources": [{"path": "d"}]},
+        training={"train_batch_size": batch},
+    )  # fmt: skip
+    assert make_schedule(config, data, "cpu", Choices()).micro == micro
+
+
 def test_row_dropout_depends_on_the_row_alone() -> None:
     seeds = RowSeeds(seed=1)
     layer = RowDropout(0.4, "layer", seeds)

@@ -89,11 +89,11 @@ def make_schedule(config: Config, data: PackedSet, device: str, choices: Choices
         micro = math.ceil(batch / training.gradient_accumulation_steps)
     elif micro == "auto":
         fitting = max(1, TOKENS_PER_FORWARD[device] // data.max_length)
-        micro = max(size for size in range(1, min(batch, fitting) + 1) if batch % size == 0)
+        micro = math.ceil(batch / math.ceil(batch / fitting))  # as equal as they can be
         choices.record(
             "training.per_device_train_batch_size",
             micro,
-            f"about {TOKENS_PER_FORWARD[device]:,} tokens a forward on {device} and a divisor of "
+            f"about {TOKENS_PER_FORWARD[device]:,} tokens a forward on {device}, equal parts of "
             f"train_batch_size {batch}; any split gives the same update",
         )
     return Schedule(data.rows, batch, int(micro), training.num_train_epochs, training.max_steps)
