@@ -32,13 +32,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
-def missing(what: str) -> None:
-    """Skips, or fails where the CI asks for everything."""
-    if os.environ.get("GLASSTUNE_REQUIRE"):
-        pytest.fail(f"{what} is missing and GLASSTUNE_REQUIRE is set")
-    pytest.skip(f"{what} is missing")
-
-
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random 2-layer Llama in fp32 and a tokenizer."""

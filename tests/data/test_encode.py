@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_tokenizers import chat_tokenizer, trained_text
+from fuzz import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -168,7 +169,7 @@ pieces = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     texts=st.lists(pieces, min_size=2, max_size=6).filter(lambda t: len(t) % 2 == 0),
     style=st.sampled_from(["chatml", "llama3", "llama2", "marked"]),

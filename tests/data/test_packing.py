@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzz import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,7 @@ def documents(lengths: list[int]) -> list[Document]:
     return made
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 64), max_size=60),
     slack=st.integers(0, 40),
@@ -67,7 +68,7 @@ def test_order_is_a_pure_function_of_seed_and_epoch() -> None:
 PINNED = [0, 4, 6, 3, 5, 7, 1, 2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20),
     packed=st.booleans(),
