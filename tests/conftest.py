@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from runs import QuietProgress, missing  # noqa: E402
+from runs import QuietProgress, missing
 from tiny import save_tiny_model
 
 
