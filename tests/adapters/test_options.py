@@ -177,3 +177,16 @@ def test_a_tied_head_that_is_adapted_is_a_finding():
     untied = add_adapter(family_model("llama"), target_modules=["q_proj", "lm_head"])
     assert adapter_findings(untied) == []
     assert adapter_findings(add_adapter(family_model("llama", tie_word_embeddings=True))) == []
+
+
+def test_a_lone_name_is_shown_as_a_list():
+    with pytest.raises(InputError) as caught:
+        add_adapter(family_model("llama"), target_modules="q_proj")
+    assert "[q_proj]" in caught.value.fix
+
+
+def test_what_peft_refuses_names_the_modules_of_the_untouched_model():
+    with pytest.raises(InputError) as caught:
+        add_adapter(family_model("llama"), bias="some")
+    assert "q_proj" in caught.value.fix
+    assert "base_layer" not in caught.value.fix

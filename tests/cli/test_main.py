@@ -276,3 +276,16 @@ def test_broken_pipe_is_silent():
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--model", "m", "--data", "a.json", "--data", "b.json"],
+        ["generate", "m", "--prompt=a", "--prompt=b"],
+    ],
+)
+def test_an_option_given_twice_is_refused_and_not_half_taken(words, capsys):
+    assert cli.run(words) == 2
+    assert "is given twice" in capsys.readouterr().err
+    assert cli.repeated(["generate", "m", "--prompt", "a", "--", "--prompt"]) is None

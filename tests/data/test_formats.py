@@ -256,3 +256,22 @@ def test_seed_tasks_through_columns(real_data: Path) -> None:
         instance = raw["instances"][0]
         joined = raw["instruction"] + ("\n\n" + instance["input"] if instance["input"] else "")
         assert [m["content"] for m in found] == [joined, instance["output"]]
+
+
+def test_d05_nan_is_a_missing_text_and_never_the_word() -> None:
+    nan = float("nan")
+    with pytest.raises(RowError, match="null or NaN") as error:
+        example({"prompt": "q", "completion": nan})
+    assert error.value.code == "null_answer"
+    with pytest.raises(RowError):
+        example({"question": "q", "answer": nan}, {"prompt": "question", "completion": "{answer}!"})
+    row = {"instruction": "q", "input": nan, "output": "a"}
+    assert example(row).messages == example({"instruction": "q", "output": "a"}).messages
+
+
+def test_a_path_in_brackets_is_told_how_paths_are_written() -> None:
+    row = {"q": "x", "instances": [{"output": "a"}]}
+    with pytest.raises(RowError) as error:
+        example(row, {"prompt": "q", "completion": "{instances[0][output]}"})
+    assert "messages.0.content" in error.value.fix
+    assert example(row, {"prompt": "q", "completion": "instances.0.output"}).completion == "a"

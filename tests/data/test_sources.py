@@ -118,3 +118,12 @@ def test_hub_failures_are_explained(
         read(SourceConfig(path="owner/set", split="nope"), tmp_path)
     assert error.value.code == code
     assert hint in error.value.fix
+
+
+@pytest.mark.parametrize("key", ["subset", "split"])
+def test_what_belongs_to_the_hub_is_refused_beside_a_file(tmp_path: Path, key: str) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "t"}')
+    with pytest.raises(InputError, match=key) as error:
+        read(SourceConfig(path="x.jsonl", **{key: "train[:10]"}), tmp_path)
+    assert error.value.code == "not_for_files"
+    assert len(read(SourceConfig(path="x.jsonl", split="train"), tmp_path)) == 1

@@ -214,3 +214,10 @@ def test_a_gguf_that_fails_leaves_no_folder(cache, tmp_path):
         resolve_model(str(cut))
     assert caught.value.code == "bad_gguf"
     assert not cache.exists() or os.listdir(cache) == []
+
+
+def test_a_run_folder_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a run") as error:
+        resolve_model(str(tmp_path))
+    assert "adapter.path" in error.value.fix

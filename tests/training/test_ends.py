@@ -196,3 +196,10 @@ def test_overwrite_costs_the_old_run_only_once_the_new_one_stands(
     )  # fmt: skip
     assert train(onward, overwrite=True, progress=quiet).updates == 1
     assert [row["step"] for row in events(output, "train")] == [1]
+
+
+def test_a_loss_that_raises_names_its_line(tiny_llama, qa_file, tmp_path, quiet) -> None:
+    term = {"name": "mine", "function": write_loss(tmp_path, "return batch.columns['nope'], 1")}
+    config = tiny_run(tiny_llama, qa_file, tmp_path / "run", losses=[term])
+    with pytest.raises(RunError, match=r"KeyError: 'nope' \(.*\.py, line \d+\)"):
+        train(config, progress=quiet)

@@ -65,3 +65,15 @@ def test_output_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
         workflow.generate_file("no/model", source, source)
     with pytest.raises(InputError, match="folder does not exist"):
         workflow.generate_file("no/model", source, tmp_path / "none" / "out.jsonl")
+
+
+def test_a_conversation_that_is_answered_already_is_refused() -> None:
+    with pytest.raises(InputError, match="nothing to answer"):
+        workflow._conversation([USER, {"role": "assistant", "content": "a"}], None, 0)
+
+
+def test_answers_go_to_json_lines_only(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(InputError, match="JSON lines") as caught:
+        workflow.generate_file("nowhere", tmp_path / "in.jsonl", tmp_path / "out.csv")
+    assert "out.jsonl" in caught.value.fix

@@ -240,3 +240,12 @@ def test_init_names_what_is_missing(capsys, tmp_path):
     assert "--data" in capsys.readouterr().err
     assert run(["init", "--from", str(tmp_path / "none"), "-o", "/no/such/folder/c.yaml"]) == 2
     assert "folder" in capsys.readouterr().err
+
+
+def test_a_config_of_our_own_is_not_translated(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("model: {path: m}\ndata: {sources: [{path: rows.json}]}\n")
+    with pytest.raises(InputError) as error:
+        translate_file(file)
+    assert error.value.code == "from_own"
+    assert "glasstune train" in error.value.fix

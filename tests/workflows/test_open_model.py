@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from glasstune.core.errors import InputError
-from glasstune.workflows.open_model import locate
+from glasstune.workflows.open_model import locate, open_model
 
 CONFIG = """
 model: {path: some/base, bits: 4}
@@ -93,3 +94,11 @@ def test_a_wrong_checkpoint_name_lists_the_forms(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         locate(str(make_run(tmp_path / "run")), "newest")
     assert "best, last or step-N" in caught.value.fix
+
+
+@pytest.mark.parametrize("option", [{"bits": 5}, {"dtype": "int7"}, {"device": "gpu"}])
+def test_a_wrong_option_is_the_users_error(tmp_path: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(InputError) as error:
+        open_model(str(tmp_path), **option)
+    assert next(iter(option)) in str(error.value)
+    assert "expected" in error.value.message

@@ -160,6 +160,7 @@ def base_biases(model: nn.Module) -> Mapping[Parameter, Tensor]:
 
 def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     own = {id(parameter) for parameter in model.parameters()}
+    names = ", ".join(linear_names(model))  # before PEFT wraps some of them and fails
     try:
         with peft_remarks_unsaid():
             wrapped: PeftModel = get_peft_model(model, config)
@@ -168,7 +169,7 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             "adapter_refused",
             f"PEFT refuses these options: {error}",
             where="adapter",
-            fix=f"linear modules of this model: {', '.join(linear_names(model))}",
+            fix=f"see PEFT's LoraConfig; linear modules of this model: {names}",
         ) from error
     make_masters_float32(wrapped)
     _refuse_int8_merges(wrapped)

@@ -41,7 +41,7 @@ def build_lora_config(options: Mapping[str, Any], model: nn.Module) -> LoraConfi
         InputError: `unknown_key`, `bad_value`, `target_not_found` or `module_not_found`.
     """
     options = dict(options)
-    _check_keys(options)
+    check_option_names(options)
     options.setdefault("task_type", TaskType.CAUSAL_LM)
     if options.get("target_modules") is None and not options.get("target_parameters"):
         options["target_modules"] = ALL_LINEAR
@@ -74,7 +74,7 @@ def check_asked(
     Raises:
         InputError: `unknown_key` or `contradiction`.
     """
-    _check_keys(asked)
+    check_option_names(asked)
     for key, value in asked.items():
         has = getattr(saved, key)
         if key == "init_lora_weights" or _sorted(value) == _sorted(has):
@@ -148,7 +148,12 @@ def _head_name(model: Any) -> str | None:
     return paths[0].rsplit(".", 1)[-1] if head is not None and paths else None
 
 
-def _check_keys(options: Mapping[str, Any]) -> None:
+def check_option_names(options: Iterable[str]) -> None:
+    """Refuses a name that `LoraConfig` does not have.
+
+    Raises:
+        InputError: `unknown_key`, with the nearest name.
+    """
     check_names(
         options, lora_option_names(), code="unknown_key", owner="LoraConfig", where="adapter"
     )
@@ -226,6 +231,8 @@ def _not_found(says: str, model: nn.Module, key: str = "target_modules") -> Inpu
     quoted = re.findall(r"'([^']+)'", says)
     near = difflib.get_close_matches(quoted[0], linear_names(model), n=1) if quoted else []
     hint = f"did you mean {near[0]}? " if near else ""
+    if near and "the expression" in says:
+        hint = f"a name belongs into a list: [{near[0]}]; "
     return InputError(
         code,
         f"{key}: {says}. Linear modules of this model: {', '.join(linear_names(model))}",

@@ -41,6 +41,9 @@ def run(arguments: Sequence[str]) -> int:
     """
     words = list(arguments) or ["--help"]
     target = json_target(words)
+    if twice := repeated(words):
+        error = _error("usage", f"{twice} is given twice", "command line", "keep one of them")
+        return _fail(error, 2, target)
     try:
         code: Any = app(args=words, prog_name="glasstune", standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this
@@ -76,6 +79,19 @@ def json_target(words: Sequence[str]) -> str | None:
         elif word.startswith("--json="):
             target = word.removeprefix("--json=")
     return target
+
+
+def repeated(words: Sequence[str]) -> str | None:
+    """Returns an option that stands twice among the words; the parser would take the last."""
+    seen: set[str] = set()
+    for word in words:
+        if word == "--":
+            break
+        name = word.partition("=")[0]
+        if word.startswith("--") and name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _error(code: str, message: str, where: str = "", fix: str = "") -> dict[str, str]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from glasstune.core.batch import Document
 from glasstune.core.findings import Finding
 from glasstune.data.encode import Encoded
+from glasstune.data.formats import Example
 from glasstune.data.ledger import Ledger
 from glasstune.data.read import ReadStats
 from glasstune.data.template import ChatTemplate
@@ -44,6 +45,20 @@ def note_row(ledger: Ledger, origin: str, row: Encoded) -> None:
             origin,
             "{count} rows list tools, which the chat template does not show to the model",
             "use a template with tools (data.chat_template: FILE)",
+        )
+
+
+def note_answer(ledger: Ledger, example: Example) -> None:
+    """Notes an answer without a letter: an empty cell of a table looks like a meant one."""
+    last = example.messages[-1] if example.messages else {}
+    text = example.completion if example.kind == "pair" else last.get("content")
+    if example.kind != "text" and not last.get("tool_calls") and not str(text or "").strip():
+        ledger.note(
+            "empty_answer",
+            "warning",
+            example.origin,
+            "{count} rows have an empty answer: they teach the model to say nothing",
+            "take them out, unless that is meant",
         )
 
 

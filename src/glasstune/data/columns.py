@@ -20,7 +20,7 @@ def find(row: Mapping[str, Any], path: str) -> Any:
         RowError: `missing_key`; names the key and the keys found.
     """
     if path in row:
-        return row[path]
+        return known(row[path])
     value: Any = row
     for part in path.split("."):
         if isinstance(value, Mapping) and part in value:
@@ -28,8 +28,18 @@ def find(row: Mapping[str, Any], path: str) -> Any:
         elif isinstance(value, Sequence) and not isinstance(value, str) and _index(part, value):
             value = value[int(part)]
         else:
-            refuse("missing_key", f"there is no {path!r}; the row has: {keys_of(row)}")
-    return value
+            refuse(
+                "missing_key",
+                f"there is no {path!r}; the row has: {keys_of(row)}",
+                "correct data.sources columns: a path inside a row is written with dots "
+                "(messages.0.content); rows that lack it go with data.on_error: skip",
+            )
+    return known(value)
+
+
+def known(value: Any) -> Any:
+    """Returns the value; NaN is None, since tables write a missing text so."""
+    return None if isinstance(value, float) and value != value else value
 
 
 def _index(part: str, value: Sequence[Any]) -> bool:
@@ -60,7 +70,7 @@ class Mapped:
         return key in self.columns or key in self.row
 
     def value(self, key: str) -> Any:
-        """Returns the key's value; null stays None.
+        """Returns the key's value; null and NaN are None.
 
         Raises:
             RowError: `missing_key`; names key, column and the keys found.
@@ -69,7 +79,7 @@ class Mapped:
         if rule is None:
             if key not in self.row:
                 refuse("missing_key", f"there is no {key!r}; the row has: {keys_of(self.row)}")
-            return self.row[key]
+            return known(self.row[key])
         if "{" not in rule:
             return find(self.row, rule)
         return self._fill(rule)
@@ -89,7 +99,7 @@ class Mapped:
             what = "the answer" if answer else "the text"
             refuse(
                 "null_answer" if answer else "null_text",
-                f"{key!r} is null: {what} is missing",
+                f"{key!r} is null or NaN: {what} is missing",
                 'write "" if an empty text is meant',
             )
         return as_text(value, key)

@@ -195,6 +195,7 @@ class _Worker:
                     texts = example.texts()
                     documents.append((document, text_key(texts)))
                     self._note_control(example.origin, texts)
+                    checks.note_answer(self.ledger, example)
             yield len(chunk), documents
 
     def _example(self, source: OpenSource, value: dict[str, object], origin: str) -> Example:

@@ -70,6 +70,14 @@ def read_source(
     if files is None:
         yield from read_hub(source.path, source.subset, source.split)
         return
+    for key, plain in (("subset", None), ("split", "train")):
+        if (asked := getattr(source, key)) != plain:
+            raise InputError(
+                "not_for_files",
+                f"{key}: {asked} belongs to a data set of the hub, and this is a file",
+                where=source.path,
+                fix=f"leave {key} out; a part of the rows is a file of its own",
+            )
     for path in files:
         yield from read_rows(path, stats)
 

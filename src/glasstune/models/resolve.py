@@ -161,6 +161,14 @@ def _no_config(folder: Path) -> InputError:
             where=str(folder),
             fix="give the base as model.path and this folder as adapter.path",
         )
+    if (folder / "run.json").is_file():
+        return InputError(
+            "run_not_model",
+            "this folder holds a run, not a base model",
+            where=str(folder),
+            fix="give the run's base as model.path; adapter.path: "
+            f"{folder / 'adapter'} goes on from its adapter",
+        )
     ggufs = sorted(entry.name for entry in folder.glob("*.gguf"))
     if ggufs:
         fix = f"give the GGUF file itself, for example {folder / ggufs[0]}"

@@ -210,6 +210,13 @@ def resolve_terms(
         terms.append(
             Term(loss, tuple(indices) if loss.sources is not None else None, function, base_folder)
         )
+    if not any(loss.weight_at(step) for loss in losses for step in (1, sys.maxsize)):
+        raise InputError(
+            "learns_nothing",
+            "every term weighs 0: no update would change anything",
+            where="losses",
+            fix="give one a weight",
+        )
     return tuple(terms)
 
 
@@ -328,6 +335,15 @@ def kl_to_base(batch: LossBatch) -> Tensor:
     return chunked_head_sums(batch.hidden, part_sum, batch.vocabulary)
 
 
+def _line(error: Exception) -> str:
+    """Where in a user's function it was raised; empty where the function was not entered."""
+    trace = error.__traceback__
+    inside = None if trace is None else trace.tb_next
+    if inside is None:
+        return ""
+    return f" ({Path(inside.tb_frame.f_code.co_filename).name}, line {inside.tb_lineno})"
+
+
 def _user_term(term: Term, batch: LossBatch) -> tuple[Tensor, float]:
     assert term.function is not None
     try:
@@ -335,7 +351,7 @@ def _user_term(term: Term, batch: LossBatch) -> tuple[Tensor, float]:
     except Exception as error:
         raise RunError(
             "loss_function_raised",
-            f"loss term {term.name!r} raised {type(error).__name__}: {error}",
+            f"loss term {term.name!r} raised {type(error).__name__}: {error}{_line(error)}",
             where=term.config.function or "",
             fix="the function takes a LossBatch and returns (sum, count)",
         ) from error

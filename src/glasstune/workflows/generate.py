@@ -151,6 +151,11 @@ def generate_file(
         raise InputError(
             "no_folder", "its folder does not exist", where=str(output), fix="make it first"
         )
+    if output.suffix.lower() in (".csv", ".tsv", ".parquet"):
+        raise InputError(
+            "output_format", "answers are written as JSON lines", where=str(output),
+            fix=f"name it {output.with_suffix('.jsonl').name}",
+        )  # fmt: skip
     rows = read_prompts(input)
     answers = generate(run_or_model, rows, progress=progress, **options)
     lines = [
@@ -205,6 +210,13 @@ def _conversation(prompt: Prompt, system: str | None, index: int) -> tuple[Messa
             "it is no list of messages with role and content",
             where=where,
             fix='write [{"role": "user", "content": "..."}]',
+        )
+    if messages[-1]["role"] == "assistant":
+        raise InputError(
+            "already_answered",
+            "its last turn is the assistant's: there is nothing to answer",
+            where=where,
+            fix="leave that turn out",
         )
     if not str(messages[-1]["content"] or "").strip():
         raise InputError("empty_prompt", "the prompt is empty", where=where, fix="write a prompt")

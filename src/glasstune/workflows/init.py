@@ -71,7 +71,9 @@ def init(
             "output_exists", "there is a file already", where=str(output), fix="name another file"
         )
     if output is not None and not output.parent.is_dir():
-        raise InputError("no_folder", "its folder does not exist", where=str(output))
+        raise InputError(
+            "no_folder", "its folder does not exist", where=str(output), fix="make it first"
+        )
     if from_file is not None:
         result = _translated(from_file, model, data)
     elif model is None or data is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from glasstune.core.choices import Choices
 from glasstune.core.config import DataConfig, ModelConfig
-from glasstune.core.config_load import load_config
+from glasstune.core.config_load import config_from_mapping, load_config
 from glasstune.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -129,9 +129,11 @@ def open_model(
     """
     choices = choices if choices is not None else Choices()
     location = locate(target, checkpoint)
-    for key, value in overrides.items():
-        if value is not None:
-            setattr(location.model, key, value)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    asked = {"model": {"path": target, **given}, "data": {"sources": [{"path": "-"}]}}
+    checked = config_from_mapping(asked, name="option").config.model  # refuses a wrong value
+    for key in given:
+        setattr(location.model, key, getattr(checked, key))
     import torch
 
     from glasstune.adapters.inject import keep_activation_dtype, load_adapter_for_inference

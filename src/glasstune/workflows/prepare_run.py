@@ -62,15 +62,19 @@ def prepare(config: Config, choices: Choices, progress: Progress) -> Prepared:
         InputError: Model, data, template or a loss term are wrong.
     """
     check_supported(config)
+    from glasstune.adapters.options import check_option_names
     from glasstune.data.prepare import prepare_data
     from glasstune.data.tokenizer import load_tokenizer
     from glasstune.models.facts import model_facts
     from glasstune.models.load import choose_device
+    from glasstune.models.quantization import check_quantization_keys
     from glasstune.models.resolve import resolve_model
     from glasstune.training.batching import make_schedule, record_intervals
     from glasstune.training.terms import resolve_terms
 
     model = config.model
+    check_option_names(config.adapter.lora_options())
+    check_quantization_keys(model.quantization)
     resolved = resolve_model(model.path, trust_remote_code=model.trust_remote_code, choices=choices)
     tokenizer = load_tokenizer(resolved.folder_or_id, trust_remote_code=model.trust_remote_code)
     data = prepare_data(
@@ -86,7 +90,7 @@ def prepare(config: Config, choices: Choices, progress: Progress) -> Prepared:
     # The names of validation files come last; a term sees none of their rows.
     terms = resolve_terms(config.losses, data.sources[: len(config.data.sources)])
     device = choose_device(model.device, choices).type
-    _check_validation(config, data)
+    _check_validation(config, data, choices)
     schedule = make_schedule(config, data.train, device, choices)
     record_intervals(config.training, schedule, choices)
     config.training.per_device_train_batch_size = schedule.micro
@@ -126,6 +130,13 @@ def check_supported(config: Config) -> None:
                 if key == "training.compute" and other
                 else "leave it at its default",
             )
+    if training.learning_rate == 0:
+        raise InputError(
+            "learns_nothing",
+            "the learning rate is 0: no update would change anything",
+            where="training.learning_rate",
+            fix="give one above 0, for example 2e-4",
+        )
     if training.max_memory is not None:
         parse_bytes(training.max_memory, where="training.max_memory")
     if training.save_strategy == "epoch" and training.save_steps != "auto":
@@ -137,8 +148,13 @@ def check_supported(config: Config) -> None:
         )
 
 
-def _check_validation(config: Config, data: PreparedData) -> None:
-    """Refuses what asks for held-out rows where there are none."""
+def _check_validation(config: Config, data: PreparedData, choices: Choices) -> None:
+    """Says that there are no held-out rows, and refuses what asks for them then."""
+    split = config.data.validation_split
+    if data.validation is None and split > 0:
+        choices.record(
+            "data.validation_split", split, "nothing is held out: the rows hold only one text"
+        )
     if data.validation is None and config.training.early_stopping_patience is not None:
         raise InputError(
             "no_validation",

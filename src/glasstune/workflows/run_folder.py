@@ -8,6 +8,7 @@ import re
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from glasstune.core.choices import Choices
@@ -41,8 +42,8 @@ PACKAGES = (
 
 
 def output_folder(config: Config, choices: Choices) -> Path:
-    """Returns `training.output_dir`, or runs/<model>-<data> where it is not set."""
-    if config.training.output_dir is None:
+    """Returns `training.output_dir`, or runs/<model>-<data> where it is not set or empty."""
+    if not config.training.output_dir:
         model = (
             Path(config.model.path).stem
             if config.model.path.endswith(".gguf")
@@ -93,7 +94,17 @@ def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             fix="--resume goes on with it, --overwrite starts anew, "
             "training.output_dir=... writes elsewhere",
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            "output_not_writable",
+            f"nothing can be written there: {error.strerror}",
+            where=str(folder),
+            fix="training.output_dir=... names another folder",
+        ) from None
 
 
 def clear_run(folder: Path) -> None:

@@ -133,6 +133,8 @@ class _Session:
         run_folder.write_start(self.folder, self.config, self.choices, self.extra)
         for choice in self.choices:
             self.progress.say(f"{choice.name}: {choice.value} ({choice.reason})")
+        for finding in self.prepared.data.record.findings:  # before hours are spent on them
+            self.progress.say(f"{finding.severity}: {finding.where}: {finding.message}")
         return run, state
 
     def _adapt(self, base: Any) -> AdaptedModel:

@@ -69,6 +69,13 @@ def translate_file(path: Path) -> Translated:
             fix="give a LLaMA-Factory or Axolotl YAML, or a file with a fine-tune.py command",
         )
     given = document.value
+    if isinstance(given.get("model"), dict) and isinstance(given.get("data"), dict):
+        raise InputError(
+            "from_own",
+            "this is a configuration of Glasstune already",
+            where=str(path),
+            fix=f"glasstune train {path}",
+        )
     axolotl = {"base_model", "datasets", "micro_batch_size", "sequence_len"} & set(given)
     kind = "Axolotl YAML" if axolotl else "LLaMA-Factory YAML"
     lost: list[str] = []
