@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,33 @@ def test_run_folder_rules(tiny_llama, qa_file, tmp_path, whole) -> None:
     train(short, overwrite=True, progress=QuietProgress())
     assert (copy / "mine.txt").read_text() == "keep me"
     assert [row["step"] for row in events(copy, "train")] == [1, 2]
+
+
+def test_two_runs_never_share_a_folder(tiny_llama, qa_file, tmp_path) -> None:
+    """A second process that trains into the folder is refused while the first one lives."""
+    import fcntl
+
+    output = tmp_path / "run"
+    output.mkdir()
+    script = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX)"
+    script += "; print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(output / ".lock")], stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    with other.stdout:
+        assert other.stdout.readline() == b"held\n"
+    try:
+        with pytest.raises(InputError) as caught:
+            train(config(tiny_llama, qa_file, output), progress=QuietProgress())
+        assert caught.value.code == "output_in_use"
+    finally:
+        other.kill()
+        other.wait()
+    short = config(tiny_llama, qa_file, output, training={"max_steps": 2})
+    assert train(short, progress=QuietProgress()).updates == 2
+    with (output / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and it is let go
 
 
 def test_rotation_keeps_the_newest_and_the_best(tiny_llama, qa_file, tmp_path) -> None:

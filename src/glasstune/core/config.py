@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 Count = Annotated[int, Field(ge=1)]
@@ -252,6 +252,13 @@ class TrainingConfig(Section):
     """torch.compile of each decoder layer."""
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     """Several devices."""
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_updates(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("0 updates train nothing: write -1 for num_train_epochs, or a number")
+        return value
 
 
 class AuditConfig(Section):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -105,6 +108,30 @@ def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             where=str(folder),
             fix="training.output_dir=... names another folder",
         ) from None
+
+
+@contextmanager
+def sole_writer(folder: Path, choices: Choices) -> Iterator[None]:
+    """Holds the folder's lock, so that two runs never mix their checkpoints.
+
+    The kernel lets go of the lock when the process dies: a kill leaves nothing to clean up.
+
+    Raises:
+        InputError: Another process is training into this folder.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                "output_in_use",
+                "another run is writing into this folder right now",
+                where=str(folder),
+                fix="wait for it or stop it, or name another training.output_dir",
+            ) from None
+        except OSError as error:
+            choices.record("run_folder.lock", False, f"this file system has none: {error.strerror}")
+        yield
 
 
 def clear_run(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,12 +61,13 @@ def train(
     folder = run_folder.output_folder(config, choices)
     if not dry_run:
         run_folder.claim_folder(folder, bool(resume), overwrite)
-    prepared = prepare(config, choices, progress)
-    if dry_run:
-        return prepared.dry_run_record()
-    session = _Session(config, folder, choices, prepared, progress, list(notes), overwrite)
-    run, state = session.open(resume)
-    return session.close(run, _loop(run, state), started)
+    with nullcontext() if dry_run else run_folder.sole_writer(folder, choices):
+        prepared = prepare(config, choices, progress)
+        if dry_run:
+            return prepared.dry_run_record()
+        session = _Session(config, folder, choices, prepared, progress, list(notes), overwrite)
+        run, state = session.open(resume)
+        return session.close(run, _loop(run, state), started)
 
 
 def _loop(run: Run, state: LoopState) -> Outcome:
