@@ -210,7 +210,8 @@ def test_a_checkpoints_own_quantisation_wins_and_is_said(tiny_llama, tmp_path):
     assert isinstance(layer, bitsandbytes.nn.Linear4bit)
     assert layer.support_avx512bf16_for_cpu is False
     assert "own settings win" in choices.get("model.quantization").reason
-    assert torch.equal(model(input_ids=IDS).logits, four(input_ids=IDS).logits)
+    ids = IDS.to(model.device)
+    assert torch.equal(model(input_ids=ids).logits, four(input_ids=ids).logits)
 
 
 def test_devices_are_chosen_and_said(monkeypatch):
