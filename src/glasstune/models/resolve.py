@@ -70,17 +70,17 @@ def resolve_model(
         return _from_folder(path, folder, "gguf", trust_remote_code)
     if local.is_dir():
         return _from_folder(path, local, "folder", trust_remote_code)
-    if _looks_like_path(path):
-        raise _missing(path, local)
+    if looks_like_path(path):
+        raise missing_path(path, local)
     return _from_hub(path, trust_remote_code)
 
 
 def _from_folder(path: str, folder: Path, kind: Kind, trust: bool) -> ResolvedModel:
     file = folder / "config.json"
     if not file.is_file():
-        raise _no_config(folder)
-    content = _read_config(file)
-    _check_code(content, path, trust)
+        raise no_config(folder)
+    content = read_config(file)
+    check_architecture(content, f"model.path={path}", trust)
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust)
     fingerprint = model_fingerprint(content, folder, None)
     return ResolvedModel(path, str(folder), config, fingerprint, kind, trust)
@@ -89,8 +89,8 @@ def _from_folder(path: str, folder: Path, kind: Kind, trust: bool) -> ResolvedMo
 def _from_hub(path: str, trust: bool) -> ResolvedModel:
     with hub_errors_explained(path):
         file = Path(hf_hub_download(path, "config.json"))
-        content = _read_config(file)
-        _check_code(content, path, trust)
+        content = read_config(file)
+        check_architecture(content, f"model.path={path}", trust)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     # The cache keeps a file of commit C below snapshots/C.
     commit = file.parent.name
@@ -98,10 +98,15 @@ def _from_hub(path: str, trust: bool) -> ResolvedModel:
     return ResolvedModel(path, path, config, fingerprint, "hub", trust)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """Reads a `config.json`.
+
+    Raises:
+        InputError: `bad_model_config`: not JSON, or not an object.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             "bad_model_config", f"not valid JSON: {error}", where=str(file), fix="repair the file"
         ) from error
@@ -112,10 +117,19 @@ def _read_config(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_code(content: dict[str, Any], path: str, trust: bool) -> None:
-    """Refuses a checkpoint whose class transformers does not have, before it asks on a terminal."""
+def check_architecture(content: dict[str, Any], where: str, trust: bool) -> None:
+    """Refuses a checkpoint whose class transformers does not have, before it asks on a terminal.
+
+    Args:
+        content: Of its `config.json`.
+        where: For the message.
+        trust: Whether Python code that comes with the checkpoint may run.
+
+    Raises:
+        InputError: `remote_code_needed`, or `unknown_architecture`.
+    """
     kind = content.get("model_type")
-    if kind in CONFIG_MAPPING:
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
         return
     if content.get("auto_map"):
         if trust:
@@ -123,20 +137,30 @@ def _check_code(content: dict[str, Any], path: str, trust: bool) -> None:
         raise InputError(
             "remote_code_needed",
             f"the architecture {kind!r} runs Python code that comes with the checkpoint",
-            where=f"model.path={path}",
+            where=where,
             fix="read that code, then set model.trust_remote_code=true",
+        )
+    if kind is None:
+        named = content.get("architectures")
+        said = f"; it names the class {named[0]}" if isinstance(named, list) and named else ""
+        raise InputError(
+            "unknown_architecture",
+            f"config.json has no model_type, so it names no architecture{said}",
+            where=where,
+            fix='add the architecture\'s name, for example "model_type": "llama"',
         )
     near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING.keys()), n=1)
     hint = f"; nearest known: {near[0]}" if near else ""
     raise InputError(
         "unknown_architecture",
         f"config.json has model_type {kind!r}, which this transformers does not know{hint}",
-        where=f"model.path={path}",
+        where=where,
         fix="use a checkpoint of a supported architecture, or a transformers that has it",
     )
 
 
-def _looks_like_path(path: str) -> bool:
+def looks_like_path(path: str) -> bool:
+    """Whether a text is meant as a path, not as a hub id."""
     return (
         path.startswith((".", "/", "~"))
         or path.count("/") > 1
@@ -145,7 +169,8 @@ def _looks_like_path(path: str) -> bool:
     )
 
 
-def _missing(path: str, local: Path) -> InputError:
+def missing_path(path: str, local: Path) -> InputError:
+    """Returns the error for a path that does not exist, with the nearest name beside it."""
     parent = local.parent
     names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
     near = difflib.get_close_matches(local.name, names, n=1)
@@ -153,7 +178,8 @@ def _missing(path: str, local: Path) -> InputError:
     return InputError("model_not_found", f"{path} does not exist", where="model.path", fix=fix)
 
 
-def _no_config(folder: Path) -> InputError:
+def no_config(folder: Path) -> InputError:
+    """Returns the error for a folder without `config.json`, by what it holds instead."""
     if (folder / "adapter_config.json").is_file():
         return InputError(
             "adapter_not_model",
