@@ -8,13 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from glasstune.core.errors import InputError
 from glasstune.kernels.int8_linear import Int8Linear
+from glasstune.models.skips import eligible
 
-__all__ = ["Int8Linear", "convert_to_int8"]
+__all__ = ["Int8Linear", "convert_to_int8", "empty_int8"]
 
 
 def convert_to_int8(model: PreTrainedModel, skip_modules: Sequence[str] | None) -> list[str]:
@@ -33,21 +32,15 @@ def convert_to_int8(model: PreTrainedModel, skip_modules: Sequence[str] | None) 
     Raises:
         InputError: `bad_weights`: a weight holds NaN or Inf.
     """
-    asked = None if skip_modules is None else list(skip_modules)
-    kept_float = getattr(model, "_keep_in_fp32_modules", None)
-    keep = HfQuantizer.get_modules_to_not_convert(
-        model, asked, None if kept_float is None else list(kept_float)
-    )
     converted = []
-    for path, module in list(model.named_modules()):
-        plain = type(module) is nn.Linear or isinstance(module, Conv1D)
-        if not plain or not should_convert_module(path, keep):
-            continue
+    for path, module in eligible(model, skip_modules):
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        bias = module.bias
         assert isinstance(weight, torch.Tensor)
+        assert bias is None or isinstance(bias, torch.Tensor)
         try:
             with torch.no_grad():
-                replacement = Int8Linear.from_weight(weight, module.bias)
+                replacement = Int8Linear.from_weight(weight, bias)
         except ValueError as error:
             raise InputError(
                 "bad_weights", str(error), where=f"{path}.weight", fix="repair the checkpoint"
@@ -56,3 +49,16 @@ def convert_to_int8(model: PreTrainedModel, skip_modules: Sequence[str] | None) 
         model.set_submodule(path, replacement)
         converted.append(path)
     return converted
+
+
+def empty_int8(module: nn.Module) -> Int8Linear:
+    """Returns what `convert_to_int8` makes of a layer, on the meta device.
+
+    Args:
+        module: An `nn.Linear` or `Conv1D`.
+    """
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, torch.Tensor)
+    rows, width = weight.T.shape if isinstance(module, Conv1D) else weight.shape
+    kind = bias.dtype if isinstance(bias, torch.Tensor) else None
+    return Int8Linear(width, rows, bias is not None, device="meta", dtype=kind)
