@@ -62,7 +62,7 @@ def start_from(
             tensors do not fit the model: both lists of names are given.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_lora_config(folder)
     check_asked(asked or {}, config, model, folder)
     config.inference_mode = False
     config.base_model_name_or_path = None  # PEFT writes the name of the model at hand
@@ -164,12 +164,22 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     try:
         with peft_remarks_unsaid():
             wrapped: PeftModel = get_peft_model(model, config)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+    except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
         raise InputError(
             "adapter_refused",
             f"PEFT refuses these options: {error}",
             where="adapter",
             fix=f"see PEFT's LoraConfig; linear modules of this model: {names}",
+        ) from error
+    except RuntimeError as error:
+        if "floating point dtype can require gradients" not in str(error):
+            raise
+        raise InputError(
+            "saved_module_quantized",
+            "modules_to_save names a module that is stored at 4 or 8 bit, which cannot be trained",
+            where="adapter.modules_to_save",
+            fix="take it out (LoRA can adapt it), add it to "
+            "model.quantization.llm_int8_skip_modules, or set model.bits=16",
         ) from error
     make_masters_float32(wrapped)
     _refuse_int8_merges(wrapped)
@@ -198,7 +208,12 @@ def _refuse_int8_merges(model: nn.Module) -> None:
             layer.merge = merge
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def read_lora_config(folder: Path) -> LoraConfig:
+    """Reads the options of a saved adapter.
+
+    Raises:
+        InputError: `no_adapter` or `bad_adapter`.
+    """
     if not (folder / "adapter_config.json").is_file():
         raise InputError(
             "no_adapter",

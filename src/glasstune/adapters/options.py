@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from peft import LoraConfig, TaskType
 from torch import nn
 
 from glasstune.core.errors import InputError
+from glasstune.core.findings import Finding
 from glasstune.core.names import check_names
 from glasstune.models.classes import Conv1D
 
@@ -40,8 +42,8 @@ def build_lora_config(options: Mapping[str, Any], model: nn.Module) -> LoraConfi
     Raises:
         InputError: `unknown_key`, `bad_value`, `target_not_found` or `module_not_found`.
     """
-    options = dict(options)
     check_option_names(options)
+    options = {key: copy.deepcopy(value) for key, value in options.items()}  # PEFT writes into it
     options.setdefault("task_type", TaskType.CAUSAL_LM)
     if options.get("target_modules") is None and not options.get("target_parameters"):
         options["target_modules"] = ALL_LINEAR
@@ -89,6 +91,47 @@ def check_asked(
         )
 
 
+def drop_misses(
+    options: Mapping[str, Any], model: nn.Module
+) -> tuple[dict[str, Any], list[Finding]]:
+    """Takes out entries that match nothing, each as the finding that a training run stops with.
+
+    Args:
+        options: Any of `LoraConfig`'s fields.
+        model: The base model.
+
+    Returns:
+        Options without those entries, and the findings. A list of targets of which no entry hits
+        stays as it is: `build_lora_config` refuses it.
+    """
+    kept = dict(options)
+    findings: list[Finding] = []
+    modules = [path for path, _ in model.named_modules() if path]
+    parameters = [path for path, _ in model.named_parameters()]
+    checks: dict[str, Callable[[str], bool]] = {
+        "target_modules": lambda name: _hits(name, modules),
+        "modules_to_save": lambda name: _hits(name, modules),
+        "exclude_modules": lambda name: _hits(name, modules),
+        "target_parameters": lambda name: _hits(name, parameters),
+        "rank_pattern": lambda pattern: _pattern_hits(pattern, [*modules, *parameters]),
+        "alpha_pattern": lambda pattern: _pattern_hits(pattern, [*modules, *parameters]),
+    }
+    for key, hits in checks.items():
+        value = kept.get(key)
+        if not value or isinstance(value, str):
+            continue
+        missing = [entry for entry in value if not hits(entry)]
+        if not missing or (key.startswith("target_") and len(missing) == len(value)):
+            continue
+        if isinstance(value, Mapping):
+            kept[key] = {name: item for name, item in value.items() if name not in missing}
+        else:
+            kept[key] = [name for name in value if name not in missing] or None
+        error = _not_found(_matches_nothing(missing), model, key)
+        findings.append(Finding(error.code, "error", error.where, error.message, error.fix))
+    return kept, findings
+
+
 def saved_options(config: LoraConfig) -> dict[str, Any]:
     """Returns the four options that a config always names, as plain values."""
     names = ("r", "lora_alpha", "lora_dropout", "target_modules")
@@ -125,7 +168,9 @@ def peft_remarks_unsaid() -> Iterator[None]:
     """Hides what PEFT says to its programmers while it injects.
 
     These are: that it sets `fan_in_fan_out` right by itself, that it calls a name which
-    transformers renamed, and that a tied head may make merging hard (`adapter_findings` says it).
+    transformers renamed, that a tied head may make merging hard (`adapter_findings` says it), and
+    that a pattern which it made itself for a mixture's experts matches no module (it matches a
+    parameter; a user's pattern is checked before).
     """
     with warnings.catch_warnings():
         for message in (
@@ -133,6 +178,7 @@ def peft_remarks_unsaid() -> Iterator[None]:
             "`is_gradient_checkpointing` is deprecated",
             "Model has `tie_word_embeddings=True`",
             "Model with `tie_word_embeddings=True`",
+            "The following (alpha|rank)_pattern keys did not match any targeted module",
         ):
             warnings.filterwarnings("ignore", message=message)
         yield
@@ -211,8 +257,12 @@ def _check_hits(key: str, asked: Any, paths: Sequence[str], model: nn.Module) ->
         return
     missing = [name for name in asked if not _hits(name, paths)]
     if missing:
-        plural = "entries match" if len(missing) > 1 else "entry matches"
-        raise _not_found(f"{plural} no module: {', '.join(map(repr, missing))}", model, key)
+        raise _not_found(_matches_nothing(missing), model, key)
+
+
+def _matches_nothing(names: Sequence[str]) -> str:
+    plural = "entries match" if len(names) > 1 else "entry matches"
+    return f"{plural} no module: {', '.join(map(repr, names))}"
 
 
 def _hits(name: str, paths: Iterable[str]) -> bool:
@@ -220,10 +270,15 @@ def _hits(name: str, paths: Iterable[str]) -> bool:
 
 
 def _check_patterns(config: LoraConfig, paths: Sequence[str], model: nn.Module) -> None:
+    parameters = [path for path, _ in model.named_parameters()]
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key) or {}:
-            if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+            if not _pattern_hits(pattern, [*paths, *parameters]):
                 raise _not_found(f"the pattern {pattern!r} matches no module", model, key)
+
+
+def _pattern_hits(pattern: str, paths: Iterable[str]) -> bool:
+    return any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths)
 
 
 def _not_found(says: str, model: nn.Module, key: str = "target_modules") -> InputError:

@@ -1,0 +1,116 @@
+"""Traps of an adapter, seen in the tree before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from glasstune.adapters.bare import bare_modules, logical_count
+from glasstune.adapters.inject import adapter_findings
+from glasstune.core.findings import Finding
+from glasstune.core.inspection import LoraOverlay, PrecisionRecord
+
+
+def tied_weights(model: PeftModel) -> list[Finding]:
+    """One of head and embedding is adapted while they share a weight."""
+    base = model.get_base_model()
+    known = hasattr(base, "get_output_embeddings") and hasattr(base, "config")
+    return adapter_findings(model) if known else []
+
+
+def rank_above_size(model: PeftModel, rows: Mapping[str, LoraOverlay]) -> list[Finding]:
+    """A rank so high that the adapter holds more than the weight it adapts."""
+    larger = []
+    for wrapped, module in model.get_base_model().named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        path = wrapped.replace(".base_layer", "")
+        weight = getattr(module.get_base_layer(), "weight", None)
+        row = rows.get(path)
+        if row is not None and weight is not None and row.parameters > weight.numel():
+            larger.append((path, row.parameters, weight.numel()))
+    if not larger:
+        return []
+    path, adapter, weight_count = larger[0]
+    return [
+        Finding(
+            code="rank_above_size",
+            severity="info",
+            where="adapter.r",
+            message=f"on {len(larger)} modules LoRA holds more parameters than the weight itself, "
+            f"for example {path}: {adapter:,} for {weight_count:,}",
+            fix="lower r, or set rank_pattern for them",
+        )
+    ]
+
+
+def experts_not_adapted(model: PeftModel, rows: Mapping[str, LoraOverlay]) -> list[Finding]:
+    """A mixture whose experts, stacked 3-D parameters, LoRA does not reach."""
+    left = {
+        f"{path}.{name}": parameter.numel()
+        for path, module in bare_modules(model)
+        if path not in rows
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    }
+    if not left:
+        return []
+    share = sum(left.values()) / sum(logical_count(p) for p in model.parameters())
+    names = ", ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in left))
+    return [
+        Finding(
+            code="experts_not_adapted",
+            severity="info",
+            where="adapter.target_modules",
+            message=f"LoRA leaves the experts alone ({names}): {share:.1%} of all parameters are "
+            "in stacked 3-D tensors, which are no linear modules",
+            fix="name them in target_parameters to adapt them too",
+        )
+    ]
+
+
+def precision_traps(precision: PrecisionRecord, rows: Mapping[str, LoraOverlay]) -> list[Finding]:
+    """Traps of an adapter over a base that is quantised.
+
+    Args:
+        precision: The base's tree.
+        rows: What the adapter adds, by path.
+    """
+    quantized = {row.path for row in precision.modules if row.class_name != row.original_class}
+    if not quantized:
+        return []
+    findings = []
+    where = f"{precision.bits} bit"
+    saved = [path for path, row in rows.items() if "modules_to_save" in row.kind]
+    broken = [path for path in saved if path in quantized]
+    if broken:
+        findings.append(
+            Finding(
+                code="saved_module_quantized",
+                severity="error",
+                where=where,
+                message=f"modules_to_save trains {_some(broken)} whole, which is stored at "
+                f"{precision.bits} bit: integers take no gradient",
+                fix="take it out (LoRA can adapt it), or keep it in 16 bit with skip_modules",
+            )
+        )
+    targets = [path for path, row in rows.items() if row.r is not None]
+    plain = [path for path in targets if path not in quantized]
+    if plain and len(plain) < len(targets):
+        findings.append(
+            Finding(
+                code="target_not_quantized",
+                severity="info",
+                where=where,
+                message=f"{len(plain)} of {len(targets)} LoRA targets stay in 16 bit: "
+                f"{_some(plain)}",
+            )
+        )
+    return findings
+
+
+def _some(paths: list[str]) -> str:
+    rest = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
+    return ", ".join(paths[:2]) + rest
