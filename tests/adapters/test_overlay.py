@@ -12,15 +12,12 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from glasstune.adapters.bare import bare_base
 from glasstune.adapters.inject import add_adapter
-from glasstune.adapters.overlay import existing_overlay, moment_bytes, overlay
+from glasstune.adapters.overlay import carries_adapter, existing_overlay, moment_bytes, overlay
 from glasstune.adapters.saving import save_adapter
 from glasstune.core.errors import InputError
 from glasstune.models.int8 import convert_to_int8
 from glasstune.models.quantization import adam_8bit
-
-IDS = torch.arange(3, 21).reshape(2, 9)
 
 # What PEFT's wrappers put between a base module's path and its own parameters.
 _INNER = re.compile(
@@ -279,6 +276,21 @@ def test_full_paths_of_a_saved_adapter_are_said_by_name():
     assert some == every[1:]
 
 
+def test_an_adapter_inside_another_module_is_found():
+    model = add_adapter(family_model("llama"), r=4, lora_alpha=8, target_modules=["q_proj"])
+    outer = nn.ModuleDict({"inner": model})
+    live = existing_overlay(outer)
+    assert carries_adapter(outer)
+    assert not carries_adapter(family_model("llama"))
+    assert len(live.rows) == 2
+    assert [path[-25:] for path in live.rows] == [
+        "layers.0.self_attn.q_proj",
+        "layers.1.self_attn.q_proj",
+    ]
+    assert live.options["r"] == 4
+    assert live.peft_line == existing_overlay(model).peft_line
+
+
 def test_a_frozen_adapter_has_no_gradients():
     model = add_adapter(family_model("llama"), r=4)
     model.requires_grad_(False)
@@ -300,21 +312,6 @@ def test_other_kinds_of_adapter_are_read_too(config, kind, path):
     live = existing_overlay(get_peft_model(family_model("llama"), config))
     assert live.rows[path].kind == kind
     assert live.trainable_parameters == sum(row.parameters for row in live.rows.values()) > 0
-
-
-def test_the_bare_base_is_the_base_and_the_adapter_comes_back():
-    model = add_adapter(
-        family_model("mixtral"),
-        r=4, modules_to_save=["lm_head"], trainable_token_indices=[3], target_modules=["q_proj"],
-        target_parameters=["experts.down_proj", "experts.gate_up_proj"],
-    )  # fmt: skip
-    names = [name for name, _ in model.named_modules()]
-    before = model(input_ids=IDS).logits
-    with bare_base(model) as base:
-        plain = {path: type(module) for path, module in base.named_modules()}
-    assert plain == {path: type(m) for path, m in family_model("mixtral").named_modules()}
-    assert [name for name, _ in model.named_modules()] == names
-    assert torch.equal(model(input_ids=IDS).logits, before)
 
 
 def test_a_quantised_module_cannot_be_saved_whole(saved):

@@ -23,7 +23,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.nn import Parameter
 
-from glasstune.adapters.bare import logical_count
 from glasstune.adapters.inject import add_adapter, read_lora_config
 from glasstune.adapters.options import drop_misses
 from glasstune.adapters.overlay_findings import experts_not_adapted, rank_above_size, tied_weights
@@ -97,45 +96,71 @@ def overlay(
     if asked.get("target_parameters") and "target_modules" not in (options or {}):
         asked["target_modules"] = None
     used, findings = drop_misses(asked, model)
-    paths = [path for path, _ in model.named_modules()]
+    plain = dict(model.named_modules())
     with torch.device("meta"):
         wrapped = add_adapter(model, **used)
     found = existing_overlay(wrapped, optim=optim)
-    rows = found.rows
     findings += [
         *found.findings,
-        *rank_above_size(wrapped, rows),
-        *experts_not_adapted(wrapped, rows),
+        *rank_above_size(plain, found.rows),
+        *experts_not_adapted(plain, found.rows, found.all_parameters),
     ]
-    asked["target_modules"] = _short(asked["target_modules"], paths)
-    return dataclasses.replace(found, options=_plain(asked), findings=findings)
+    asked["target_modules"] = _short(asked["target_modules"], list(plain))
+    return dataclasses.replace(
+        found,
+        options=_plain(asked),
+        findings=findings,
+        # PEFT doubles a packed 4-bit weight, and here even that has its logical shape.
+        peft_line=peft_line(found.trainable_parameters, found.all_parameters),
+    )
 
 
-def existing_overlay(model: PeftModel, *, optim: str = "adamw_torch") -> Overlay:
-    """Reads the adapter that a live PEFT model carries, with its own types and gradients.
+def existing_overlay(model: nn.Module, *, optim: str = "adamw_torch") -> Overlay:
+    """Reads the adapter that a live model carries, with its own types and gradients.
 
     Args:
-        model: Left as it is. A frozen adapter counts bytes of weights only.
+        model: A `PeftModel`, or a module somewhere around or with one; left as it is. Paths are
+            those of its tree without PEFT's wrappers. A frozen adapter has bytes of weights only.
         optim: As in `overlay`.
     """
     sums: dict[str, _Sum] = {}
     for part in _parts(model):
         sums.setdefault(part.path, _Sum()).add(part, optim)
-    trainable = total = 0
-    for parameter in model.parameters():
-        count = logical_count(parameter)
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    config = model.peft_config[model.active_adapter]
+    trainable, total = count_parameters(model)
+    config = _active_config(model)
+    is_peft = isinstance(model, PeftModel)
     return Overlay(
         rows={path: entry.row() for path, entry in sums.items()},
         trained=frozenset(path for path, entry in sums.items() if entry.own),
         trainable_parameters=trainable,
         all_parameters=total,
-        peft_line=_peft_line(model),
-        options=adapter_options(config),
-        findings=tied_weights(model),
+        peft_line=_printed(model) if is_peft else peft_line(trainable, total),
+        options={} if config is None else adapter_options(config),
+        findings=tied_weights(model) if is_peft else [],
     )
+
+
+def carries_adapter(model: nn.Module) -> bool:
+    """Whether PEFT has put something into a module."""
+    kinds = (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return any(isinstance(part, kinds) for part in model.modules())
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Returns how many parameters need a gradient and how many there are, by logical shape."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+        count = math.prod(shape) if shape is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def peft_line(trainable: int, total: int) -> str:
+    """Says both counts as `PeftModel.print_trainable_parameters` does."""
+    share = 100 * trainable / total if total else 0.0
+    return f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
 
 
 def adapter_options(config: Any) -> dict[str, Any]:
@@ -226,19 +251,20 @@ def moment_bytes(count: int, optim: str) -> int:
     return 2 * 4 * count
 
 
-def _parts(model: PeftModel) -> Iterator[_Part]:
+def _parts(model: nn.Module) -> Iterator[_Part]:
     """Yields each parameter that an adapter brings or trains, once."""
     seen: set[int] = set()
-    base = model.get_base_model()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     for part in _walk(base, "", None):
         if id(part.parameter) not in seen:
             seen.add(id(part.parameter))
             yield part
-    inner = {id(parameter) for parameter in base.parameters()}
-    kind = str(getattr(model.peft_type, "value", model.peft_type)).lower()
-    for parameter in model.parameters():  # a prompt encoder stands beside the base
-        if id(parameter) not in inner:
-            yield _Part("", kind, parameter)
+    if isinstance(model, PeftModel):
+        inner = {id(parameter) for parameter in base.parameters()}
+        kind = str(getattr(model.peft_type, "value", model.peft_type)).lower()
+        for parameter in model.parameters():  # a prompt encoder stands beside the base
+            if id(parameter) not in inner:
+                yield _Part("", kind, parameter)
 
 
 def _walk(module: nn.Module, path: str, copied: str | None) -> Iterator[_Part]:
@@ -289,11 +315,21 @@ def _rank(layer: Any) -> tuple[int | None, float | None]:
     return None, None
 
 
-def _peft_line(model: PeftModel) -> str:
+def _printed(model: PeftModel) -> str:
     text = io.StringIO()
     with redirect_stdout(text):
         model.print_trainable_parameters()
     return text.getvalue().strip()
+
+
+def _active_config(model: nn.Module) -> Any | None:
+    for part in model.modules():
+        configs = getattr(part, "peft_config", None)
+        if isinstance(configs, Mapping) and configs:
+            active = getattr(part, "active_adapters", ())
+            names = active() if callable(active) else active  # transformers' own is a method
+            return configs.get(next(iter(names), ""), next(iter(configs.values())))
+    return None
 
 
 def _short(targets: Any, paths: list[str]) -> Any:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
-from glasstune.adapters.bare import bare_modules, logical_count
 from glasstune.adapters.inject import adapter_findings
 from glasstune.core.findings import Finding
 from glasstune.core.inspection import LoraOverlay, PrecisionRecord
@@ -20,17 +19,22 @@ def tied_weights(model: PeftModel) -> list[Finding]:
     return adapter_findings(model) if known else []
 
 
-def rank_above_size(model: PeftModel, rows: Mapping[str, LoraOverlay]) -> list[Finding]:
-    """A rank so high that the adapter holds more than the weight it adapts."""
-    larger = []
-    for wrapped, module in model.get_base_model().named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        path = wrapped.replace(".base_layer", "")
-        weight = getattr(module.get_base_layer(), "weight", None)
-        row = rows.get(path)
-        if row is not None and weight is not None and row.parameters > weight.numel():
-            larger.append((path, row.parameters, weight.numel()))
+def rank_above_size(
+    modules: Mapping[str, nn.Module], rows: Mapping[str, LoraOverlay]
+) -> list[Finding]:
+    """A rank so high that the adapter holds more than the weight it adapts.
+
+    Args:
+        modules: The plain base's modules by path.
+        rows: What the adapter adds, by path.
+    """
+    larger = [
+        (path, row.parameters, weight.numel())
+        for path, row in rows.items()
+        if row.r is not None
+        and isinstance(weight := getattr(modules.get(path), "weight", None), Tensor)
+        and row.parameters > weight.numel()
+    ]
     if not larger:
         return []
     path, adapter, weight_count = larger[0]
@@ -46,26 +50,34 @@ def rank_above_size(model: PeftModel, rows: Mapping[str, LoraOverlay]) -> list[F
     ]
 
 
-def experts_not_adapted(model: PeftModel, rows: Mapping[str, LoraOverlay]) -> list[Finding]:
-    """A mixture whose experts, stacked 3-D parameters, LoRA does not reach."""
+def experts_not_adapted(
+    modules: Mapping[str, nn.Module], rows: Mapping[str, LoraOverlay], all_parameters: int
+) -> list[Finding]:
+    """A mixture whose experts, stacked 3-D parameters, LoRA does not reach.
+
+    Args:
+        modules: The plain base's modules by path.
+        rows: What the adapter adds, by path.
+        all_parameters: Of base and adapter.
+    """
     left = {
         f"{path}.{name}": parameter.numel()
-        for path, module in bare_modules(model)
+        for path, module in modules.items()
         if path not in rows
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3
     }
     if not left:
         return []
-    share = sum(left.values()) / sum(logical_count(p) for p in model.parameters())
     names = ", ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in left))
     return [
         Finding(
             code="experts_not_adapted",
             severity="info",
             where="adapter.target_modules",
-            message=f"LoRA leaves the experts alone ({names}): {share:.1%} of all parameters are "
-            "in stacked 3-D tensors, which are no linear modules",
+            message=f"LoRA leaves the experts alone ({names}): "
+            f"{sum(left.values()) / all_parameters:.1%} of all parameters are in stacked 3-D "
+            "tensors, which are no linear modules",
             fix="name them in target_parameters to adapt them too",
         )
     ]
