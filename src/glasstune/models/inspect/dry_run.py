@@ -36,7 +36,7 @@ from glasstune.models.quantization import (
     int8_compute as chosen_int8_compute,
 )
 from glasstune.models.quiet import quiet_transformers
-from glasstune.models.skips import eligible, skip_keys
+from glasstune.models.skips import SkipReason, eligible, skip_keys
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,6 +59,11 @@ class Plan:
     own: bool
     skip: list[str] | None
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether layers are converted."""
+        return self.config is not None or self.w8a16
+
     def options(self) -> dict[str, Any]:
         """Returns the applied options by `BitsAndBytesConfig`'s names, JSON values only."""
         if self.config is None:
@@ -70,6 +75,21 @@ class Plan:
                 value = getattr(self.config, key)
                 content[key] = str(value).removeprefix("torch.") if "dtype" in key else value
         return {key: value for key, value in content.items() if not key.startswith("_")}
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A model on the meta device.
+
+    Args:
+        model: After the conversion.
+        before: Its modules by path as they were before.
+        keys: The skip keys that held, with their reasons; empty where nothing was converted.
+    """
+
+    model: nn.Module
+    before: dict[str, nn.Module]
+    keys: dict[str, SkipReason]
 
 
 def skeleton(
@@ -100,26 +120,26 @@ def skeleton(
             config whose model cannot be built, a precision that the source does not have.
     """
     plan = make_plan(source, bits, quantization, dtype=dtype, int8_compute=int8_compute)
-    return build(source, plan, dtype=dtype)
+    return build(source, plan, dtype=dtype).model
 
 
-def build(source: ModelSource, plan: Plan, *, dtype: str, converted: bool = True) -> nn.Module:
-    """Builds the skeleton of a plan; `converted=False` leaves out the quantiser (16-bit tree)."""
+def build(source: ModelSource, plan: Plan, *, dtype: str) -> Skeleton:
+    """Builds the skeleton of a plan; see `skeleton` for the errors."""
     load = _dtype(dtype)
     with _quietly():
         if source.module is not None:
-            return _from_module(source.module, plan, converted)
+            return _from_module(source.module, plan)
         model = _empty_model(source, load)
-        if converted:
-            _convert(model, plan, load)
+        before = dict(model.named_modules())
+        keys = skip_keys(model, plan.skip) if plan.quantizes else {}
+        _convert(model, plan, load)
         _keep_float32(model, load)
         model.tie_weights(recompute_mapping=False)
-        if converted and plan.w8a16:
+        if plan.w8a16:
             _convert_w8a16(model, plan.skip)
     model.requires_grad_(False)
     model.eval()
-    built: nn.Module = model
-    return built
+    return Skeleton(model, before, keys)
 
 
 def make_plan(
@@ -331,10 +351,12 @@ def _convert_w8a16(model: nn.Module, skip: list[str] | None) -> None:
         model.set_submodule(path, empty_int8(module))
 
 
-def _from_module(module: nn.Module, plan: Plan, converted: bool) -> nn.Module:
+def _from_module(module: nn.Module, plan: Plan) -> Skeleton:
     view = meta_view(module)
-    if not converted or plan.bits == 16 or plan.own:
-        return view
+    before = dict(view.named_modules())
+    if not plan.quantizes:
+        return Skeleton(view, before, {})
+    keys = skip_keys(view, plan.skip)
     # A bare layer has no name that it could be replaced under.
     bare = not view._modules
     holder: nn.Module = nn.ModuleDict({"layer": view}) if bare else view
@@ -342,10 +364,8 @@ def _from_module(module: nn.Module, plan: Plan, converted: bool) -> nn.Module:
         _convert_w8a16(holder, plan.skip)
     else:
         _convert_any(holder, plan)
-    if not bare:
-        return holder
-    inner: nn.Module = holder["layer"]  # type: ignore[index]
-    return inner
+    inner: nn.Module = holder["layer"] if bare else holder  # type: ignore[index]
+    return Skeleton(inner, before, keys)
 
 
 def _convert_any(model: nn.Module, plan: Plan) -> None:

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from glasstune.core.errors import InputError
 from glasstune.core.findings import Finding
+from glasstune.models.inspect.live import shared_view
 from glasstune.models.inspect.weights import Checkpoint, Place, Rows
 from glasstune.models.quantization import is_packed_weight
 
@@ -128,11 +129,12 @@ def match_leaves(
 def live_leaves(
     model: nn.Module, leaves: Sequence[tuple[str, list[int]]]
 ) -> tuple[list[LeafWeight], list[Finding]]:
-    """The same for a module in memory: its own parameters.
+    """The same for a module in memory: its own parameters, adapters of PEFT left aside.
 
     Raises:
         InputError: `no_weights`: it is on the meta device. `already_quantized`.
     """
+    model = shared_view(model)
     found, findings = [], []
     for position, (path, (out, width)) in enumerate(leaves):
         try:
