@@ -139,12 +139,15 @@ class LayerError:
     Args:
         path: Of the module.
         shape: Of its weight, logical.
-        errors: By `8`, `nf4`, `fp4`: the Frobenius norm of (Q(W) - W) over that of W.
+        errors: By `8`, `nf4`, `fp4`, `nf4_double`: the Frobenius norm of (Q(W) - W) over that
+            of W.
+        worst_row: The same for the output row where it is largest.
     """
 
     path: str
     shape: list[int]
     errors: dict[str, float]
+    worst_row: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

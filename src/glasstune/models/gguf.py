@@ -24,6 +24,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("GLASSTUNE_CACHE") or Path.home() / ".cache" / "glasstune")
 
 
+def expanded_folder(file: Path) -> Path:
+    """Returns where a GGUF file's expansion lies, or would lie; reads the file for its hash."""
+    return cache_folder() / "gguf" / f"{sha256_file(file)[:32]}-v{CONVERTER_VERSION}"
+
+
 def expand_gguf(file: Path) -> Path:
     """Returns the folder with a GGUF file's model, expanding it on first use.
 
@@ -45,12 +50,11 @@ def expand_gguf(file: Path) -> Path:
                 where=str(file),
                 fix="download it again, or give a folder with config.json",
             )
-    name = f"{sha256_file(file)[:32]}-v{CONVERTER_VERSION}"
-    folder = cache_folder() / "gguf" / name
+    folder = expanded_folder(file)
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         # bfloat16 takes at most four times a 4-bit file.
         with disk_full_named(folder, needed=4 * file.stat().st_size):
