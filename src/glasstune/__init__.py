@@ -14,18 +14,18 @@ _EXPORTS = {
     "train": "glasstune.workflows.api:train",
     "evaluate": "glasstune.workflows.evaluate:evaluate",
     "generate": "glasstune.workflows.generate:generate",
+    "inspect_model": "glasstune.workflows.inspect:inspect_model",
     "load_model": "glasstune.workflows.api:load_model",
     "add_adapter": "glasstune.adapters.inject:add_adapter",
     "LossBatch": "glasstune.training.terms:LossBatch",
+    "GlasstuneCallback": "glasstune.integrations.callback:GlasstuneCallback",
+    "term_loss": "glasstune.integrations.term_loss:term_loss",
     "load_config": "glasstune.core.config_load:load_config",
 }
 _NOT_BUILT = (
-    "inspect_model",
     "speed_up",
     "GradientAudit",
     "merge",
-    "GlasstuneCallback",
-    "term_loss",
 )
 
 __all__ = ["__version__", *sorted(_EXPORTS)]

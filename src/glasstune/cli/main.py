@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from glasstune.cli import prepare, train, unbuilt, use  # noqa: F401 - they register commands
+from glasstune.cli import inspect, prepare, train, unbuilt, use  # noqa: F401 - they register commands
 from glasstune.cli.app import app
 from glasstune.cli.common import emit
 from glasstune.core.errors import GlasstuneError

@@ -13,12 +13,6 @@ Rest = Annotated[list[str] | None, typer.Argument(metavar="...", help="Anything.
 
 
 @app.command(context_settings=NOT_BUILT)
-def inspect(rest: Rest = None, json: JsonOption = None) -> None:
-    """Show a model at 16, 8 and 4 bit without its weights (not built yet)."""
-    not_built("glasstune inspect")
-
-
-@app.command(context_settings=NOT_BUILT)
 def plan(rest: Rest = None, json: JsonOption = None) -> None:
     """Foretell memory, time and disk of a run (not built yet)."""
     not_built("glasstune plan", "glasstune train CONFIG --dry-run checks data and config")

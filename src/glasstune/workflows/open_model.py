@@ -92,7 +92,7 @@ def locate(target: str, checkpoint: str | None = None) -> Location:
             fix="use best, last or step-N",
         )
     folder = Path(target).expanduser()
-    if _is_run(folder):
+    if is_run(folder):
         return _locate_run(folder, checkpoint)
     if checkpoint is not None:
         raise InputError(
@@ -194,7 +194,8 @@ def _tokenizer(location: Location, base: str, choices: Choices) -> tuple[Any, Ch
     return tokenizer, resolve_template(tokenizer, name, {})
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run of ours."""
     return (folder / "config.yaml").is_file() and any(
         (folder / name).exists() for name in ("run.json", "adapter", "checkpoints")
     )
@@ -203,7 +204,7 @@ def _is_run(folder: Path) -> bool:
 def _locate_run(folder: Path, checkpoint: str | None) -> Location:
     config = load_config(folder / "config.yaml", []).config
     adapter = folder / "adapter"
-    steps = _complete_steps(folder / "checkpoints")
+    steps = complete_steps(folder / "checkpoints")
     if checkpoint in (None, "best"):
         if not (adapter / ADAPTER_CONFIG).is_file():
             raise _no_checkpoint(folder, "adapter/ (written when a run ends)", steps)
@@ -215,7 +216,8 @@ def _locate_run(folder: Path, checkpoint: str | None) -> Location:
     return Location("run", config.model, adapter, config.data)
 
 
-def _complete_steps(folder: Path) -> list[int]:
+def complete_steps(folder: Path) -> list[int]:
+    """Returns the steps of the whole checkpoints below `folder`, rising."""
     # A folder without its mark was cut off while it was written.
     found = folder.glob("step-*/complete.json")
     return sorted(int(path.parent.name[5:]) for path in found if _STEP.fullmatch(path.parent.name))
@@ -234,7 +236,7 @@ def _no_checkpoint(folder: Path, what: str, steps: list[int]) -> InputError:
 def _locate_adapter(folder: Path) -> Location:
     """A bare adapter; where it lies in a run folder, the run tells base and precision."""
     for run in (folder.parent, folder.parent.parent):
-        if _is_run(run):
+        if is_run(run):
             config = load_config(run / "config.yaml", []).config
             return Location("adapter", config.model, folder, config.data)
     file = folder / ADAPTER_CONFIG
