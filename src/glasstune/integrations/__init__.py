@@ -1,1 +1,1 @@
-"""Callback and term loss for other trainers. Not built yet."""
+"""What brings the audit to `transformers.Trainer` and TRL: a callback and a loss of named terms."""

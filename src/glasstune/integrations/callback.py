@@ -1,0 +1,434 @@
+"""`GlasstuneCallback`: first-step gate, live norms and audits inside `transformers.Trainer` and TRL.
+
+When the Trainer calls (5.17 to 5.24 alike): `on_step_begin`; forward and backward of each
+micro-batch; clipping; `on_pre_optimizer_step`; the optimiser moves; `on_optimizer_step`; gradients
+are dropped; `on_step_end`; `on_log`. Norms and the check for NaN and Inf are those of the whole
+update's gradient before clipping (see `watch.py`); the gate reads what the optimiser gets, which is
+clipped: a positive factor makes no gradient zero or None.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_callback import TrainerCallback
+
+from glasstune.audit.gate import FirstStepGate
+from glasstune.core.errors import InputError, RunError
+from glasstune.core.findings import Finding
+from glasstune.integrations.audit_file import FILE, AuditFile
+from glasstune.integrations.term_loss import listener
+from glasstune.integrations.watch import GradientWatch, to_host
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from glasstune.core.batch import MicroBatch
+
+Mode = Literal["stop", "warn", "off"]
+PREFIX = "glasstune"
+log = logging.getLogger("glasstune")
+
+
+class GlasstuneCallback(TrainerCallback):
+    """Looks at the gradients of a Trainer's run; changes nothing in it.
+
+    A gate that refuses raises `RunError` out of `trainer.train()`: setting
+    `control.should_training_stop` would end the run as if all were well, with a saved model.
+
+    Args:
+        first_step_gate: `stop` raises where a trained tensor does not learn, `warn` logs it.
+        gate_allow: Globs of tensor names that may stay dead.
+        output: Where audit records go; None = `audit.jsonl` in the Trainer's `output_dir`.
+        every_n_steps: The first update is audited, and each n-th; 0 = the first alone.
+        non_finite: What a NaN or Inf in loss or gradient does, before the optimiser moves.
+
+    Attributes:
+        findings: What was seen so far.
+        norms: Gradient norm of each trained tensor in the latest update, before clipping; None
+            where it had no gradient.
+
+    Raises:
+        InputError: A mode or number that does not exist.
+    """
+
+    def __init__(
+        self,
+        first_step_gate: Mode = "stop",
+        gate_allow: Sequence[str] = (),
+        output: str | Path | None = None,
+        every_n_steps: int = 50,
+        non_finite: Mode = "stop",
+    ) -> None:
+        _check_mode("first_step_gate", first_step_gate)
+        _check_mode("non_finite", non_finite)
+        if (
+            isinstance(every_n_steps, bool)
+            or not isinstance(every_n_steps, int)
+            or every_n_steps < 0
+        ):
+            raise InputError(
+                "wrong_value",
+                f"every_n_steps is {every_n_steps!r}, not a whole number from 0 on",
+                where="GlasstuneCallback",
+            )
+        self.first_step_gate = first_step_gate
+        self.gate_allow = (gate_allow,) if isinstance(gate_allow, str) else tuple(gate_allow)
+        self.output = None if output is None else Path(output)
+        self.every_n_steps = every_n_steps
+        self.non_finite = non_finite
+        self.findings: list[Finding] = []
+        self.norms: dict[str, float | None] = {}
+        self._gate: FirstStepGate | None = None
+        self._watch: GradientWatch | None = None
+        self._names: list[str] = []
+        self._weights: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._window: dict[str, Tensor] = {}
+        self._updates = 0
+        self._zeros = 0
+        self._skip = False
+
+    def first_in(self, trainer: Trainer) -> GlasstuneCallback:
+        """Moves the callback before those that report to TensorBoard, W&B and the like.
+
+        The Trainer puts its reporters before a user's callbacks, so what this one adds to a log
+        reaches `trainer.state.log_history` and the progress bar, but not them; after this call it
+        does.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        callbacks.insert(0, self)
+        return self
+
+    def close(self) -> None:
+        """Removes every hook from the model. Happens by itself at the end of a training."""
+        if listener.get() is self:
+            listener.set(None)
+        if self._gate is not None:
+            self._gate.close()
+        if self._watch is not None:
+            self._watch.close()
+        self._gate = self._watch = None
+
+    # Events of the Trainer, in their order.
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Sets the hooks.
+
+        Raises:
+            InputError: Nothing is trained, or gradients are kept where a callback cannot see them.
+        """
+        self.close()
+        assert model is not None
+        parameters = {
+            name: value for name, value in model.named_parameters() if value.requires_grad
+        }
+        _refuse_hidden_gradients(args, parameters, optimizer)
+        self.findings = []
+        self._names = list(parameters)
+        self._window, self._updates = {}, 0
+        if not parameters:
+            self._report([_nothing_trained(self.first_step_gate)], state)
+        self._watch = GradientWatch(model, parameters)
+        if self.first_step_gate != "off":
+            self._gate = FirstStepGate(model, self.first_step_gate, self.gate_allow)
+        self._file = AuditFile(self.output or Path(args.output_dir or ".") / FILE)
+        if state.is_world_process_zero:
+            self._file.supersede(state.global_step)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """An update begins."""
+        self._weights, self._sums, self._skip = {}, {}, False
+        if self._watch is not None:
+            self._watch.begin()
+        if self._gate is not None:
+            self._gate.before_update(state.global_step + 1)
+        listener.set(self)
+
+    def hear(self, terms: Mapping[str, tuple[float, Tensor]]) -> None:
+        """Takes the terms of a micro-batch from `term_loss`, before its backward."""
+        if self._watch is None or self._watch.forwards == 0:
+            return  # another Trainer's loss, after this one's training broke off
+        for name, (weight, value) in terms.items():
+            self._weights[name] = weight
+            before = self._sums.get(name)
+            now = value.detach().float()
+            self._sums[name] = now if before is None else before + now
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """All gradients of the update are there; the Trainer has clipped them.
+
+        Raises:
+            RunError: A loss or gradient is not finite.
+        """
+        if listener.get() is self:
+            listener.set(None)
+        if self._watch is None or model is None or optimizer is None:
+            return
+        step = state.global_step + 1
+        self._read(step, state, optimizer)
+        for name, value in self._sums.items():
+            before = self._window.get(name)
+            self._window[name] = value if before is None else before + value
+        self._updates += 1
+        if self._gate is not None and not self._skip:
+            # The gate wants the names of the terms alone.
+            zero = torch.zeros(())
+            names = self._weights or {"loss": 1.0}
+            terms = {name: (weight, zero) for name, weight in names.items()}
+            self._gate.before_backward(step, terms, cast("MicroBatch", None))
+            self._gate.after_backward(step, model, optimizer)
+
+    def _read(self, step: int, state: TrainerState, optimizer: Optimizer) -> None:
+        """Brings norms and losses to the host and names what is not finite."""
+        watch = self._watch
+        assert watch is not None
+        clipped = watch.measured is None
+        if clipped:  # the model's output held no tensor with a graph: nothing told of the backward
+            watch.measure()
+        assert watch.measured is not None
+        losses = self._sums or {
+            "": total for total in [sum(watch.losses, torch.zeros(()))] if watch.losses
+        }
+        rows, values = to_host(watch.measured, list(losses.values()))
+        self.norms = {
+            name: None if largest < 0 else norm
+            for name, (norm, largest) in zip(self._names, rows, strict=True)
+        }
+        # Not by the norm: it is 0 for 1e-30 in fp32.
+        self._zeros = sum(largest == 0 for _, largest in rows)
+        bad = [
+            name
+            for name, (_, largest) in zip(self._names, rows, strict=True)
+            if not largest < float("inf")
+        ]
+        bad_losses = {
+            name: value
+            for name, value in zip(losses, values, strict=True)
+            if not abs(value) < float("inf")
+        }
+        if not bad and not bad_losses:
+            return
+        if getattr(optimizer, "scaler", None) is not None and not bad_losses:
+            # fp16: the scaled gradient overflowed; the scaler passes over this update.
+            self._skip = True
+            return
+        if self.non_finite != "off":
+            found = _not_finite(step, bad, bad_losses, len(self._names), self.non_finite, clipped)
+            self._report([found], state)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """The optimiser has moved.
+
+        Raises:
+            RunError: The gate refuses.
+        """
+        if self._gate is None or model is None or optimizer is None or self._skip:
+            return
+        if getattr(optimizer, "step_was_skipped", False):
+            return
+        found = self._gate.after_update(state.global_step + 1, model, _learning_rate(optimizer))
+        self._report(found, state)
+        if self._gate.done:
+            self._gate = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds a few numbers to the Trainer's log of a training step."""
+        if logs is None or "loss" not in logs or self._watch is None or not self._updates:
+            return
+        extra = _norm_numbers(self.norms, self._zeros)
+        extra.update(self._term_means(args))
+        logs.update(extra)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(extra)
+
+    def _term_means(self, args: TrainingArguments) -> dict[str, float]:
+        """Mean of each term over the updates since the last log, over all processes."""
+        from transformers.trainer_pt_utils import nested_gather
+
+        window, updates = self._window, self._updates
+        self._window, self._updates = {}, 0
+        if not window:
+            return {}
+        values = nested_gather(torch.stack(list(window.values())), args.parallel_mode)
+        table = values.reshape(-1, len(window))
+        # Each process divided by the trained tokens of all of them, or by its own.
+        whole = args.average_tokens_across_devices
+        means = ((table.sum(dim=0) if whole else table.mean(dim=0)) / updates).tolist()
+        return {f"loss/{name}": mean for name, mean in zip(window, means, strict=True)}
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Removes the hooks."""
+        self.close()
+
+    def _report(self, found: Sequence[Finding], state: TrainerState) -> None:
+        """Keeps findings, logs warnings, raises errors.
+
+        Raises:
+            RunError: A finding is an error.
+        """
+        self.findings.extend(found)
+        for item in found:
+            if item.severity == "warning" and state.is_local_process_zero:
+                hint = f" (hint: {item.fix})" if item.fix else ""
+                log.warning("%s%s", item.message, hint)
+        errors = [item for item in found if item.severity == "error"]
+        if not errors:
+            return
+        self.close()
+        step = f"step {state.global_step + 1}"
+        if errors[0].code != "gate_dead_tensor":
+            raise RunError(errors[0].code, errors[0].message, where=step, fix=errors[0].fix)
+        names = ", ".join(item.where for item in errors[:6])
+        more = f" and {len(errors) - 6} more" if len(errors) > 6 else ""
+        raise RunError(
+            "first_step_gate",
+            f"{len(errors)} trained tensors do not learn: {names}{more}. "
+            f"First: {errors[0].message}",
+            where=step,
+            fix="GlasstuneCallback(first_step_gate='warn') goes on anyway; gate_allow=[...] takes "
+            "globs of tensors that may stay dead",
+        )
+
+
+def _check_mode(key: str, value: str) -> None:
+    if value not in ("stop", "warn", "off"):
+        raise InputError(
+            "wrong_value",
+            f"{key} is {value!r}",
+            where="GlasstuneCallback",
+            fix="use stop, warn or off",
+        )
+
+
+def _refuse_hidden_gradients(
+    args: TrainingArguments, parameters: Mapping[str, Tensor], optimizer: Any
+) -> None:
+    """Refuses what keeps gradients elsewhere than in `.grad` of whole tensors.
+
+    Raises:
+        InputError: DeepSpeed or FSDP.
+    """
+    kinds = {type(value).__name__ for value in parameters.values()} & {"DTensor", "FlatParameter"}
+    who = "FSDP" if kinds or getattr(args, "fsdp", None) else ""
+    if getattr(args, "deepspeed", None) or "DeepSpeed" in type(optimizer).__name__:
+        who = "DeepSpeed"
+    if who:
+        raise InputError(
+            "gradients_hidden",
+            f"{who} keeps gradients in buffers of its own, and a callback cannot read them yet",
+            where="GlasstuneCallback",
+            fix="leave the callback out, or check the model once on one device with it",
+        )
+
+
+def _nothing_trained(mode: str) -> Finding:
+    return Finding(
+        "nothing_trained",
+        "warning" if mode == "warn" else "error",
+        "model",
+        "no parameter requires a gradient, so nothing can be trained",
+        "add an adapter, or switch the one there is on: a disabled adapter is frozen",
+    )
+
+
+def _not_finite(
+    step: int, bad: Sequence[str], losses: Mapping[str, float], total: int, mode: str, clipped: bool
+) -> Finding:
+    """The finding of a NaN or Inf.
+
+    Args:
+        step: Of the update.
+        bad: Tensors whose gradient is not finite.
+        losses: Term -> value, of those that are not finite; "" = the model's own loss.
+        total: Number of trained tensors.
+        mode: `stop` or `warn`.
+        clipped: Whether the gradients were read after clipping.
+    """
+    parts = []
+    for name, value in losses.items():
+        parts.append(f"loss term {name!r} is {value}" if name else f"the loss is {value}")
+    if bad:
+        some = ", ".join(bad[:6]) + (f" and {len(bad) - 6} more" if len(bad) > 6 else "")
+        spread = " (read after clipping, which spreads a NaN to all)" if clipped else ""
+        parts.append(f"the gradient of {len(bad)} of {total} tensors is not finite: {some}{spread}")
+    return Finding(
+        "non_finite_loss" if losses else "non_finite_gradient",
+        "error" if mode == "stop" else "warning",
+        bad[0] if bad else next(iter(losses)),
+        f"step {step}: " + "; ".join(parts) if mode == "warn" else "; ".join(parts),
+        "look at this update's rows (a batch without a trained label gives NaN), the learning rate "
+        "and the precision; the weights are still those before this update",
+    )
+
+
+def _learning_rate(optimizer: Optimizer) -> float:
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    known = [float(rate) for rate in rates if rate is not None]
+    # An optimiser that sets its own rate has none here; any above zero says that it moves.
+    return max(known) if known else 1e-3
+
+
+def _norm_numbers(norms: Mapping[str, float | None], zeros: int) -> dict[str, float]:
+    """Four numbers about the gradients of all trained tensors."""
+    values = [norm for norm in norms.values() if norm is not None]
+    numbers = {
+        f"{PREFIX}/tensors_without_gradient": float(len(norms) - len(values)),
+        f"{PREFIX}/tensors_with_zero_gradient": float(zeros),
+    }
+    if values:
+        numbers[f"{PREFIX}/grad_norm/median"] = statistics.median(values)
+        numbers[f"{PREFIX}/grad_norm/max"] = max(values)
+    return numbers

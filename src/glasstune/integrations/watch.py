@@ -1,0 +1,104 @@
+"""Reads every gradient at the end of a backward, before the Trainer clips them.
+
+The Trainer clips before `on_pre_optimizer_step`, so a callback sees gradients that were scaled
+already; where the norm is NaN or Inf, the scaling has made every gradient NaN or zero, and nobody
+can tell any more whose fault it was. So the watch looks earlier: a hook on the model's outputs
+fires as a backward begins and asks autograd to call back when it has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glasstune.audit.norms import live_norms
+from glasstune.integrations.term_loss import tensors_in
+
+
+class GradientWatch:
+    """Norm and largest magnitude of each gradient after the latest backward, on the device.
+
+    Nothing is copied to the host and nothing is changed.
+
+    Args:
+        model: The model that the Trainer calls, not wrapped.
+        parameters: Trained tensors by name.
+
+    Attributes:
+        measured: float32 [n, 2] of `live_norms`, or None while no backward has ended.
+        forwards: Forwards with gradients on since the start of the update.
+        losses: The model's own `loss` of each of them, where it computes one.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        self.parameters = list(parameters.values())
+        self.measured: Tensor | None = None
+        self.forwards = 0
+        self.losses: list[Tensor] = []
+        self._asked = False
+        self._handle = model.register_forward_hook(self._forward)
+
+    def begin(self) -> None:
+        """Forgets the last update."""
+        self.measured = None
+        self.forwards = 0
+        self.losses = []
+        self._asked = False
+
+    def _forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        # A compiled model is traced with its hooks: nothing here can be seen from inside.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        self.forwards += 1
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if isinstance(loss, Tensor) and loss.dim() == 0:
+            self.losses.append(loss.detach())
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._begun)
+
+    def _begun(self, gradient: Tensor) -> None:
+        if not self._asked:
+            self._asked = True
+            _when_backward_ends(self._ended)
+
+    def _ended(self) -> None:
+        # Once more to the end of the queue: DDP shares the gradients in a call of its own, which
+        # it queued after ours.
+        _when_backward_ends(self._measure)
+
+    def _measure(self) -> None:
+        self._asked = False
+        self.measure()
+
+    def measure(self) -> None:
+        """Reads the gradients as they are now."""
+        with torch.no_grad():
+            self.measured = live_norms(self.parameters)
+
+    def close(self) -> None:
+        """Removes the hook."""
+        self._handle.remove()
+
+
+def _when_backward_ends(function: Any) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]
+
+
+def to_host(measured: Tensor, values: Sequence[Tensor]) -> tuple[list[list[float]], list[float]]:
+    """Copies the watch's numbers and other scalars in one go.
+
+    Args:
+        measured: float32 [n, 2].
+        values: Scalars on any device.
+
+    Returns:
+        (n rows of norm and largest magnitude, the scalars).
+    """
+    flat = [value.detach().reshape(1).to(measured.device, torch.float32) for value in values]
+    numbers: list[float] = torch.cat([measured.reshape(-1), *flat]).tolist()
+    cut = measured.numel()
+    return [numbers[at : at + 2] for at in range(0, cut, 2)], numbers[cut:]
