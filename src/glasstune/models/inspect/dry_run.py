@@ -364,6 +364,8 @@ def _from_module(module: nn.Module, plan: Plan) -> Skeleton:
         _convert_w8a16(holder, plan.skip)
     else:
         _convert_any(holder, plan)
+        if isinstance(view, PreTrainedModel):
+            view.tie_weights(recompute_mapping=False)
     inner: nn.Module = holder["layer"] if bare else holder  # type: ignore[index]
     return Skeleton(inner, before, keys)
 
