@@ -11,7 +11,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from glasstune.reports.web.page import render_page, script_json, worst_first
+from glasstune.reports.findings import worst_first
+from glasstune.reports.web.page import render_page, script_json
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- & \u2028"
 

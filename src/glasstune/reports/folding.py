@@ -86,8 +86,8 @@ def fold_tree(precisions: Mapping[str, Iterable[Json]]) -> Node:
 
 
 def stays(row: Json) -> bool:
-    """Whether a module holds parameters that a quantised precision leaves as they are."""
-    return row["parameters"] > 0 and not quantised(row)
+    """Whether a module holds parameters (tied ones too) that are left as they are."""
+    return (row["parameters"] > 0 or row["tied_to"] is not None) and not quantised(row)
 
 
 def quantised(row: Json) -> bool:

@@ -41,11 +41,10 @@ from markupsafe import Markup
 
 from glasstune import __version__
 from glasstune.core.files import dump_json
+from glasstune.reports.findings import worst_first
 from glasstune.reports.numbers import count_text, percent_text, shape_text, size_text
 
 Json = Mapping[str, Any]
-
-SEVERITIES = ["error", "warning", "info"]
 
 
 def render_page(
@@ -90,11 +89,6 @@ def render_page(
         version=__version__,
         made=(made or datetime.now(UTC).date()).isoformat(),
     )  # fmt: skip
-
-
-def worst_first(findings: Iterable[Json]) -> list[Json]:
-    """Sorts findings by severity; equal ones keep their order."""
-    return sorted(findings, key=lambda finding: SEVERITIES.index(finding["severity"]))
 
 
 def script_json(value: Any) -> Markup:
