@@ -291,6 +291,19 @@ def test_an_adapter_inside_another_module_is_found():
     assert live.peft_line == existing_overlay(model).peft_line
 
 
+def test_a_trained_bias_is_counted_with_the_base():
+    laid = overlay(on_meta("phi"), {"r": 4, "bias": "lora_only", "target_modules": ["q_proj"]})
+    # Two layers: A 4 x 32 and B 32 x 4 add weights; both they and 32 biases add gradient, moments.
+    assert laid.bytes == 2 * (256 * 4 + 288 * 4 + 288 * 8)
+
+
+def test_targets_of_a_live_adapter_are_said_by_name():
+    live = existing_overlay(add_adapter(family_model("llama"), r=4, modules_to_save=["lm_head"]))
+    assert live.options["target_modules"] == [
+        "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
+    ]  # fmt: skip
+
+
 def test_a_frozen_adapter_has_no_gradients():
     model = add_adapter(family_model("llama"), r=4)
     model.requires_grad_(False)

@@ -37,7 +37,6 @@ DEFAULTS: dict[str, Any] = {
 }
 """The adapter that a configuration without an `adapter` section trains."""
 
-_GRADIENT = 4  # float32, as the masters
 _SMALL = 4096  # bitsandbytes keeps the moments of smaller tensors in float32
 _BLOCK = 256  # values that share a scale in its 8-bit moments
 
@@ -53,6 +52,8 @@ class Overlay:
         trainable_parameters: All that needs a gradient, by logical shape.
         all_parameters: Base and adapter, by logical shape, tied ones once.
         peft_line: What `print_trainable_parameters` prints.
+        bytes: Adapter, gradients and optimiser state together. A tensor of the base's own that
+            is trained (a bias) is in the base's total already, and only what it needs beside.
         options: Of the adapter, as JSON.
         findings: Traps that do not depend on the precision of the base.
     """
@@ -62,16 +63,9 @@ class Overlay:
     trainable_parameters: int
     all_parameters: int
     peft_line: str
+    bytes: int
     options: dict[str, Any]
     findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def bytes(self) -> int:
-        """Adapter, gradients and optimiser state together."""
-        return sum(
-            row.weight_bytes + row.gradient_bytes + row.optimizer_bytes
-            for row in self.rows.values()
-        )
 
 
 def overlay(
@@ -135,7 +129,8 @@ def existing_overlay(model: nn.Module, *, optim: str = "adamw_torch") -> Overlay
         trainable_parameters=trainable,
         all_parameters=total,
         peft_line=_printed(model) if is_peft else peft_line(trainable, total),
-        options={} if config is None else adapter_options(config),
+        bytes=sum(entry.bytes for entry in sums.values()),
+        options={} if config is None else _live_options(config, model),
         findings=tied_weights(model) if is_peft else [],
     )
 
@@ -202,6 +197,7 @@ class _Part:
     parameter: Parameter
     layer: nn.Module | None = None
     own: bool = False
+    copied: bool = False
 
 
 @dataclass(slots=True)
@@ -214,6 +210,7 @@ class _Sum:
     own: bool = False
     parameters: int = 0
     weights: int = 0
+    in_base: int = 0
     gradients: int = 0
     moments: int = 0
 
@@ -226,10 +223,17 @@ class _Sum:
         self.own |= part.own and part.parameter.requires_grad
         count = part.parameter.numel()
         self.parameters += count
-        self.weights += count * part.parameter.element_size()
+        size = count * part.parameter.element_size()
+        self.weights += size
+        self.in_base += size if part.own and not part.copied else 0
         if part.parameter.requires_grad:
-            self.gradients += count * part.parameter.element_size()
+            self.gradients += size
             self.moments += moment_bytes(count, optim)
+
+    @property
+    def bytes(self) -> int:
+        """What it needs beside the base."""
+        return self.weights - self.in_base + self.gradients + self.moments
 
     def row(self) -> LoraOverlay:
         """Returns the record."""
@@ -292,7 +296,7 @@ def _walk(module: nn.Module, path: str, copied: str | None) -> Iterator[_Part]:
     else:
         for name, parameter in module.named_parameters(recurse=False):
             if copied is not None:
-                yield _Part(path, copied, parameter, own=True)
+                yield _Part(path, copied, parameter, own=True, copied=True)
             elif parameter.requires_grad:
                 yield _Part(path, "bias" if name == "bias" else "full", parameter, own=True)
         for name, child in module.named_children():
@@ -330,6 +334,24 @@ def _active_config(model: nn.Module) -> Any | None:
             names = active() if callable(active) else active  # transformers' own is a method
             return configs.get(next(iter(names), ""), next(iter(configs.values())))
     return None
+
+
+def _live_options(config: Any, model: nn.Module) -> dict[str, Any]:
+    options = adapter_options(config)
+    if "target_modules" in options:  # PEFT puts full paths in the place of `all-linear`
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        options["target_modules"] = _short(options["target_modules"], list(_base_paths(base)))
+    return options
+
+
+def _base_paths(module: nn.Module, path: str = "") -> Iterator[str]:
+    """Yields the paths of the base's own modules."""
+    yield path
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        inner = "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"
+        module = module.get_submodule(inner)
+    for name, child in module.named_children():
+        yield from _base_paths(child, f"{path}.{name}" if path else name)
 
 
 def _short(targets: Any, paths: list[str]) -> Any:

@@ -289,7 +289,7 @@ def _lay(precision: PrecisionRecord, laid: Overlay | None) -> None:
 
     for row in precision.modules:
         row.lora = laid.rows.get(row.path)
-        row.trainable = row.trainable or row.path in laid.trained
+        row.trainable = row.path in laid.trained
     precision.adapter_bytes = laid.bytes
     precision.findings.extend(precision_traps(precision, laid.rows))
 
