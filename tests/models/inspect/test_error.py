@@ -494,7 +494,7 @@ def test_progress_is_told_in_megabytes(tmp_path: Path) -> None:
     assert told.calls[0] == ("start", 9, "MB")
     assert told.calls[-1] == "finish"
     moves = [call for call in told.calls if call[0] == "advance"]
-    assert len(moves) == 4  # two chunks a layer
+    assert len(moves) == 8  # four chunks a layer
     assert sum(move[1] for move in moves) == 8
     assert all(move[2]["rate"].endswith("MB/s") for move in moves)
     assert {move[2]["layer"] for move in moves} == {"a", "b"}
