@@ -166,12 +166,10 @@ def _folded(children: list[tuple[str, Node]]) -> tuple[Child, ...]:
 def _key(row: Json) -> tuple[Any, ...]:
     """Returns all of a row but its place, so that equal modules have equal keys."""
     path = row["path"]
-    return tuple(
-        # A reason may name its module: that alone makes no difference.
-        value.replace(path, "") if path and isinstance(value, str) else _frozen(value)
-        for name, value in row.items()
-        if name != "path"
-    )
+    # A reason may name its module: that alone makes no difference. A path without a dot may be a
+    # mere number, which a sentence holds for other causes.
+    reason = row["reason"].replace(path, "") if "." in path else row["reason"]
+    return (reason, *(_frozen(row[name]) for name in row if name not in ("path", "reason")))
 
 
 def _frozen(value: Any) -> Any:

@@ -62,5 +62,5 @@ def lora_text(lora: Json) -> str:
 def short_detail(detail: str) -> str:
     """Shortens what stands in the brackets to its sizes: `in_features=64, bias=True` to `64`."""
     parts = re.split(r", (?![^(]*\))", detail.replace("\n", ", "))
-    kept = [re.sub(r"^(in|out)_features=", "", part) for part in parts]
+    kept = [re.sub(r"^(in_features|out_features|nx|nf)=", "", part) for part in parts]
     return ", ".join(part for part in kept if "=" not in part)

@@ -199,8 +199,8 @@ def _print_wide(
             name, size, mark = widths[key]
             own, bytes_, letter = line.cells[key]
             room = name + size + (1 if name else 0)
-            shown += GAP + f"{own.ljust(name)} {bytes_.rjust(size)}" if own else bytes_.rjust(room)
-            shown += f" {letter.ljust(mark)}" if mark else ""
+            cell = f"{own.ljust(name)} {bytes_.rjust(size)}" if own else bytes_.rjust(room)
+            shown += f"{GAP}{cell}" + (f" {letter.ljust(mark)}" if mark else "")
         say(console, (getattr(line, text).ljust(name_width) + shown[1:]).rstrip())
 
 
