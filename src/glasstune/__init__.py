@@ -20,11 +20,11 @@ _EXPORTS = {
     "LossBatch": "glasstune.training.terms:LossBatch",
     "GlasstuneCallback": "glasstune.integrations.callback:GlasstuneCallback",
     "term_loss": "glasstune.integrations.term_loss:term_loss",
+    "GradientAudit": "glasstune.audit.gradient_audit:GradientAudit",
     "load_config": "glasstune.core.config_load:load_config",
 }
 _NOT_BUILT = (
     "speed_up",
-    "GradientAudit",
     "merge",
 )
 

@@ -1,1 +1,1 @@
-"""Which tensors learn, and why not: takes any `nn.Module`, knows no trainer."""
+"""Which tensors learn, by which loss term, and why not: any `nn.Module`, no trainer."""

@@ -1,0 +1,112 @@
+"""Numbers of tensors, computed where the tensors live and copied to the host once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from glasstune.core.gradients import TensorSummary
+
+CHUNK = 1 << 22
+"""Elements looked at together, so that a large tensor needs no copy of its own size."""
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Returns a detached, dense, real view or copy, [..]; complex entries become pairs."""
+    plain = tensor.detach()
+    if plain.layout != torch.strided:
+        plain = plain.to_dense()
+    return torch.view_as_real(plain) if plain.is_complex() else plain
+
+
+def tensor_stats(tensor: Tensor) -> Tensor:
+    """Squared norm, largest magnitude (both over finite entries), zeros, NaNs, Infs.
+
+    The host is not waited for.
+
+    Args:
+        tensor: Any shape, floating point.
+
+    Returns:
+        float64 [5] on the tensor's device.
+    """
+    flat = dense(tensor).reshape(-1)
+    total = torch.zeros(5, dtype=torch.float64, device=flat.device)
+    for start in range(0, flat.numel(), CHUNK):
+        part = flat[start : start + CHUNK]
+        finite = part.isfinite()
+        # float16 and float32 squares overflow; float64 holds them all.
+        clean = torch.where(finite, part, torch.zeros_like(part)).abs()
+        wide = clean.double()
+        total[0] += wide.dot(wide)
+        total[1] = torch.maximum(total[1], wide.max())
+        total[2] += (part == 0).sum()
+        total[3] += part.isnan().sum()
+        total[4] += part.isinf().sum()
+    return total
+
+
+def summary(row: Sequence[float], entries: int) -> TensorSummary:
+    """Makes the record of `tensor_stats` of a tensor with that many entries."""
+    squared, largest, zeros, nan, inf = row
+    share = zeros / entries if entries else 0.0
+    return TensorSummary(squared**0.5, largest, share, int(nan), int(inf))
+
+
+class Gatherer:
+    """Collects small device tensors under keys and brings them to the host together."""
+
+    def __init__(self) -> None:
+        self._rows: dict[Hashable, Tensor] = {}
+
+    def put(self, key: Hashable, row: Tensor) -> None:
+        """Keeps a tensor of any shape under a key; a later one replaces it."""
+        self._rows[key] = row.detach()
+
+    def gather(self) -> dict[Hashable, list[float]]:
+        """Returns every row as a flat list of floats; one copy for each device."""
+        by_device: dict[torch.device, list[Hashable]] = {}
+        for key, row in self._rows.items():
+            by_device.setdefault(row.device, []).append(key)
+        found: dict[Hashable, list[float]] = {}
+        for keys in by_device.values():
+            flat = torch.cat([self._rows[key].reshape(-1).double() for key in keys]).tolist()
+            start = 0
+            for key in keys:
+                size = self._rows[key].numel()
+                found[key] = flat[start : start + size]
+                start += size
+        return found
+
+
+def live_norms(parameters: Sequence[Tensor]) -> Tensor:
+    """Norm and largest magnitude of each `.grad`, for one copy to the host each logging step.
+
+    The 2-norm of [1e20, 1e20] is Inf in float32 and that of [1e-30] is 0: judge "zero" and
+    "not finite" by the second column, which is exact (NaN stays NaN).
+
+    Args:
+        parameters: n parameters.
+
+    Returns:
+        float32 [n, 2] on the device of the first gradient: 2-norm and largest magnitude; a row of
+        -1 where `.grad` is None.
+    """
+    held = [index for index, value in enumerate(parameters) if value.grad is not None]
+    grads = [dense(grad) for value in parameters if (grad := value.grad) is not None]
+    if not grads:
+        return torch.full((len(parameters), 2), -1.0)
+    device = grads[0].device
+    result = torch.full((len(parameters), 2), -1.0, device=device)
+    full = [position for position, grad in enumerate(grads) if grad.numel()]
+    index = torch.tensor([held[position] for position in full], dtype=torch.long, device=device)
+    for column, order in enumerate((2.0, float("inf"))):
+        norms = torch._foreach_norm([grads[position] for position in full], order)
+        if norms:
+            result[index, column] = torch.stack([norm.to(device, torch.float32) for norm in norms])
+    for position, grad in enumerate(grads):
+        if not grad.numel():
+            result[held[position]] = 0.0
+    return result
