@@ -69,12 +69,26 @@ def matches(path: str, key: str) -> bool:
     return not should_convert_module(path, [key])
 
 
+def tied_partners(model: nn.Module) -> dict[str, str]:
+    """Returns each tied weight's module with the name of the parameter that shares its weight."""
+    declared = getattr(model, "all_tied_weights_keys", None)
+    pairs = list(declared.items()) if isinstance(declared, dict) else []
+    if not isinstance(model, PreTrainedModel):
+        for names in _shared_names(model):
+            pairs += zip(names[1:], names[:-1], strict=True)
+    partners: dict[str, str] = {}
+    for target, source in pairs:
+        partners[target.removesuffix(".weight")] = source
+        partners.setdefault(source.removesuffix(".weight"), target)
+    return partners
+
+
 def _defaults(model: nn.Module) -> tuple[list[str], list[str], list[str]]:
     """Returns the default keys: tied, last parameter's, output embedding's."""
     tied_map = getattr(model, "all_tied_weights_keys", None)
     tied = {*tied_map.keys(), *tied_map.values()} if isinstance(tied_map, dict) else set()
     if not isinstance(model, PreTrainedModel):
-        tied |= _shared_names(model)
+        tied |= {name for names in _shared_names(model) for name in names}
     names = [name for name, _ in model.named_parameters()]
     find = getattr(model, "get_output_embeddings", None)
     output = find() if callable(find) else None
@@ -86,9 +100,9 @@ def _defaults(model: nn.Module) -> tuple[list[str], list[str], list[str]]:
     )
 
 
-def _shared_names(model: nn.Module) -> set[str]:
-    """Returns the names of parameters that more than one name leads to."""
+def _shared_names(model: nn.Module) -> list[list[str]]:
+    """Returns the names of each parameter that more than one name leads to."""
     by_id: dict[int, list[str]] = {}
     for name, value in model.named_parameters(remove_duplicate=False):
         by_id.setdefault(id(value), []).append(name)
-    return {name for names in by_id.values() if len(names) > 1 for name in names}
+    return [names for names in by_id.values() if len(names) > 1]

@@ -229,14 +229,15 @@ def _double_findings(owned: Mapping[str, OwnTensors], where: str) -> list[Findin
     larger = {path: own.double_extra for path, own in owned.items() if own.double_extra}
     if not larger:
         return []
-    kinds = Counter(_leaf_name(path) for path in larger)
-    named = ", ".join(f"{count} x {name}" for name, count in kinds.most_common(5))
+    kinds = Counter(_leaf_name(path) or path or "the layer itself" for path in larger)
+    count = "1 layer" if len(larger) == 1 else f"{len(larger)} layers"
+    named = ", ".join(f"{times} x {name}" for name, times in kinds.most_common(5))
     return [
         Finding(
             "double_quantization_larger",
             "info",
             where,
-            f"double quantisation is larger than plain on {len(larger)} layers ({named}): its "
+            f"double quantisation is larger than plain on {count} ({named}): its "
             f"table of 1,024 bytes a layer adds {sum(larger.values()):,} bytes there",
             "on so small layers set bnb_4bit_use_double_quant=false",
         )

@@ -24,6 +24,7 @@ from glasstune.models.inspect.live import shared_view
 from glasstune.models.inspect.reasons import Conversion, explain, rule_text, versions
 from glasstune.models.inspect.sizes import Ledger, OwnTensors, model_dtype
 from glasstune.models.inspect.source import ModelSource, own_quantization, quantization_method
+from glasstune.models.skips import tied_partners
 
 __all__ = ["precision_record", "rule_text", "supported_bits", "versions"]
 
@@ -160,12 +161,7 @@ def _conversion(built: Skeleton, plan: Plan) -> Conversion:
     head = None
     if output is not None:
         head = next((path for path, part in model.named_modules() if part is output), None)
-    tied = getattr(model, "all_tied_weights_keys", None)
-    partners: dict[str, str] = {}
-    if isinstance(tied, dict):
-        for target, source in tied.items():
-            partners[target.removesuffix(".weight")] = source
-            partners.setdefault(source.removesuffix(".weight"), target)
+    partners = tied_partners(model)
     already = not plan.quantizes and plan.bits != 16
     return Conversion(plan.quantizes or already, built.keys, partners, head, already)
 

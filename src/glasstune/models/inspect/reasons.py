@@ -74,6 +74,8 @@ def explain(
     if not what.quantizes:
         return "kept_16bit", "nothing is converted at this precision"
     if is_eligible(original):
+        if what.already:
+            return "kept_16bit", "not quantised in this module"
         return _skipped(path, what)
     return _no_candidate(path, original, what)
 

@@ -122,11 +122,8 @@ def _from_module(module: nn.Module, trust: bool) -> ModelSource:
 
 
 def _from_file(name: str, file: Path, trust: bool) -> ModelSource:
-    with file.open("rb") as handle:
-        start = handle.read(64)
-    if start.startswith(_GGUF):
+    if _start(file).startswith(_GGUF):
         return _source(name, "gguf", _gguf_config(file), None, trust)
-    _check_is_config(file, start)
     # Code that comes with a checkpoint is looked for in its folder.
     place = file.parent if file.name == "config.json" else file
     config = _parse(file, place, trust)
@@ -134,10 +131,25 @@ def _from_file(name: str, file: Path, trust: bool) -> ModelSource:
     return _source(name, "config", config, weights, trust)
 
 
-def _check_is_config(file: Path, start: bytes) -> None:
+def _start(file: Path) -> bytes:
+    """Reads a file's first bytes.
+
+    Raises:
+        InputError: `not_readable`.
+    """
+    try:
+        with file.open("rb") as handle:
+            return handle.read(256)
+    except OSError as error:
+        raise InputError(
+            "not_readable", str(error.strerror), where=str(file), fix="check the file's permissions"
+        ) from error
+
+
+def _check_is_config(file: Path) -> None:
     """Refuses what is visibly no config before it is read whole."""
     suffix = file.suffix.lower()
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    text = _start(file).removeprefix(b"\xef\xbb\xbf").lstrip()
     size = file.stat().st_size
     fix = "give a config.json, its folder, a hub id or a GGUF file"
     if suffix in _WEIGHT_FILES:
@@ -171,6 +183,7 @@ def _parse(file: Path, place: Path | str, trust: bool) -> PreTrainedConfig:
         place: What transformers reads the class from: file, folder or hub id.
         trust: Whether code of the checkpoint may run.
     """
+    _check_is_config(file)
     content = read_config(file)
     _check_other_json(content, file)
     check_architecture(content, str(file), trust)
@@ -204,6 +217,7 @@ def _check_other_json(content: Mapping[str, Any], file: Path) -> None:
     if "peft_type" in content:
         base = content.get("base_model_name_or_path")
         says = f"this is a PEFT adapter's config{f' (base: {base})' if base else ''}"
+        fix = "give the adapter's folder, or its base model"
         raise InputError("adapter_not_model", says, where=str(file), fix=fix)
     if isinstance(content.get("model"), dict) and "added_tokens" in content:
         says = "this is a tokenizer's file, not a model's config"
