@@ -165,14 +165,19 @@ class Page:
             for entry in self.driver.get_log("browser")
             if entry["level"] in ("SEVERE", "WARNING")
         ]
+        asked: dict[str, str] = {}
+        refused = set()
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
-            if message["method"] != "Network.requestWillBeSent":
-                continue
-            url = message["params"]["request"]["url"]
+            values = message["params"]
+            if message["method"] == "Network.requestWillBeSent":
+                asked[values["requestId"]] = values["request"]["url"]
+            elif message["method"] == "Network.loadingFailed" and values.get("blockedReason"):
+                refused.add(values["requestId"])
+        for number, url in asked.items():
             if url.startswith(("data:", "chrome:")) or url.split("#")[0] in self.opened:
                 continue
-            found_here.append(f"request: {url}")
+            found_here.append(f"{'refused' if number in refused else 'request'}: {url}")
         return found_here
 
 

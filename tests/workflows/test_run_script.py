@@ -139,9 +139,9 @@ esac
 class Machine:
     """A machine whose Python and pip are ours; `setup` returns what pip was asked for."""
 
-    def __init__(self, tmp_path: Path) -> None:
+    def __init__(self, tmp_path: Path, user: int = 1000, apt: bool = True) -> None:
         self.state = tmp_path
-        self.script, self.env = fake_machine(tmp_path, user=1000)
+        self.script, self.env = fake_machine(tmp_path, user, apt)
         for name, text in (("bin/python3", WORKING_PYTHON), ("venv-python", VENV_PYTHON)):
             path = tmp_path / name
             path.write_text(text.replace("{state}", str(tmp_path)))
@@ -161,6 +161,24 @@ class Machine:
     @property
     def venvs(self) -> int:
         return len((self.state / "venvs").read_text().splitlines())
+
+    def give(self, *names: str, code: int = 0) -> None:
+        """Puts programs onto the machine that do nothing."""
+        for name in names:
+            path = self.state / "bin" / name
+            path.write_text(f"#!/bin/sh\nexit {code}\n")
+            path.chmod(0o755)
+
+    def said(self, command: str, code: int = 0, **env: str) -> str:
+        """Runs a command and returns its standard error."""
+        done = call(self.script, command, env={**self.env, **env})
+        assert done.returncode == code, done.stderr
+        return done.stderr
+
+    @property
+    def apt_calls(self) -> list[str]:
+        calls = self.state / "calls"
+        return calls.read_text().splitlines() if calls.exists() else []
 
 
 def test_setup_installs_once_and_again_when_the_project_changes(tmp_path: Path) -> None:
@@ -209,6 +227,59 @@ def test_torch_variable(tmp_path: Path) -> None:
     assert "--system-site-packages" in lines[1], "another build of torch needs another .venv"
     assert machine.run("setup")[0] == "-q torch==2.13.0+cpu"
     assert machine.venvs == 3
+
+
+@pytest.mark.parametrize("command", ["test", "test-full"])
+def test_root_gets_chromium_for_the_tests_of_pages(tmp_path: Path, command: str) -> None:
+    machine = Machine(tmp_path, user=0)
+    assert "skipped" not in machine.said(command)
+    assert machine.apt_calls[1] == "apt-get install -y -qq chromium chromium-driver"
+
+
+@pytest.mark.parametrize("name", ["chromium", "chromium-browser"])
+def test_chromium_is_not_installed_twice(tmp_path: Path, name: str) -> None:
+    machine = Machine(tmp_path, user=0)
+    machine.give(name, "chromedriver")
+    assert "skipped" not in machine.said("test")
+    assert machine.apt_calls == []
+
+
+def test_chromium_without_its_driver_is_not_enough(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, user=0)
+    machine.give("chromium")
+    machine.said("test")
+    assert len(machine.apt_calls) == 2
+
+
+@pytest.mark.parametrize("apt", [True, False])
+def test_without_chromium_the_other_tests_still_run(tmp_path: Path, apt: bool) -> None:
+    machine = Machine(tmp_path, apt=apt)
+    lines = [line for line in machine.said("test").splitlines() if "chromium" in line]
+    assert len(lines) == 1
+    assert "tests of web pages are skipped" in lines[0]
+    assert "sudo apt-get update && sudo apt-get install -y chromium chromium-driver" in lines[0]
+    assert machine.apt_calls == []
+    assert (tmp_path / "pip").exists(), "it went on"
+
+
+def test_where_apt_fails_the_other_tests_still_run(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, user=0)
+    machine.give("apt-get", code=1)
+    assert "tests of web pages are skipped" in machine.said("test")
+
+
+def test_where_everything_is_required_chromium_is(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    said = machine.said("test", code=1, GLASSTUNE_REQUIRE="1")
+    assert "missing on this machine: chromium and chromedriver" in said
+    assert not (tmp_path / "pip").exists()
+
+
+def test_only_the_tests_need_chromium(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, user=0)
+    for command in ("setup", "lint"):
+        machine.said(command)
+    assert machine.apt_calls == []
 
 
 @pytest.mark.parametrize("name", ["run", ".ci/run"])
