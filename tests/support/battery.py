@@ -91,6 +91,22 @@ def save_battery_model(name: str, folder: Path) -> Path:
     return folder / name
 
 
+def real_load(
+    folder: Path, bits: int, options: dict[str, Any], dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """Loads a model on the CPU with transformers alone, as its documentation says."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from glasstune.models.quiet import quiet_transformers
+
+    loading: dict[str, Any] = {"dtype": dtype}
+    if bits != 16:
+        config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **options)
+        loading |= {"quantization_config": config, "device_map": {"": "cpu"}}
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(folder, **loading)
+
+
 def held_tensors(module: nn.Module) -> dict[str, list[torch.Tensor]]:
     """Returns every tensor that a module itself holds, by part; packed weights opened."""
     held: dict[str, list[torch.Tensor]] = {}

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from battery import ARCHITECTURES, KEPT_FLOAT, real_tree, save_battery_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from battery import ARCHITECTURES, KEPT_FLOAT, real_load, real_tree, save_battery_model
+from transformers import AutoModelForCausalLM
 
 from glasstune.core.choices import Choices
 from glasstune.core.config import ModelConfig
@@ -43,15 +43,6 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("battery")
     return {name: save_battery_model(name, root) for name in [*ARCHITECTURES, *KEPT_FLOAT]}
-
-
-def real_load(folder: Path, bits: int, options: dict[str, Any], dtype=torch.bfloat16):
-    loading: dict[str, Any] = {"dtype": dtype}
-    if bits != 16:
-        config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **options)
-        loading |= {"quantization_config": config, "device_map": {"": "cpu"}}
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder, **loading)
 
 
 def assert_equal(record, model) -> None:

@@ -15,7 +15,8 @@ from glasstune.core.units import format_bytes
 from glasstune.models.inspect.sizes import OwnTensors
 
 if TYPE_CHECKING:
-    from glasstune.models.inspect.dry_run import Plan, Skeleton
+    from glasstune.models.inspect.dry_run import Skeleton
+    from glasstune.models.inspect.plan import Plan
     from glasstune.models.inspect.source import ModelSource
 
 WARN_SHARE = 0.5

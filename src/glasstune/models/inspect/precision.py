@@ -11,16 +11,10 @@ from torch import nn
 
 from glasstune.core.findings import Finding
 from glasstune.core.inspection import ModuleRow, PrecisionRecord
-from glasstune.models.inspect.dry_run import (
-    DTYPES,
-    Plan,
-    Skeleton,
-    build,
-    make_plan,
-    own_bits,
-)
+from glasstune.models.inspect.dry_run import Skeleton, build
 from glasstune.models.inspect.findings import precision_findings
 from glasstune.models.inspect.live import shared_view
+from glasstune.models.inspect.plan import DTYPES, Plan, make_plan, own_bits
 from glasstune.models.inspect.reasons import Conversion, explain, rule_text, versions
 from glasstune.models.inspect.sizes import Ledger, OwnTensors, model_dtype
 from glasstune.models.inspect.source import ModelSource, own_quantization, quantization_method
