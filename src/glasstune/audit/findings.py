@@ -169,7 +169,7 @@ def _of_terms(record: AuditRecord) -> list[Finding]:
             found.append(Finding("term_weight_zero", "info", term.name, text))
         if term.share is not None and term.share < 0:
             text = f"loss term {term.name!r} works against the step: its share is {term.share:.1%}"
-            found.append(Finding("term_against_step", "warning", term.name, text))
+            found.append(Finding("term_against_step", "info", term.name, text))
     for pair in record.conflicts:
         text = f"the gradients of {pair.a!r} and {pair.b!r} point apart: cosine {pair.cosine:.3f}"
         found.append(Finding("terms_conflict", "info", f"{pair.a}, {pair.b}", text))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from glasstune.audit.calls import in_backward
+from glasstune.audit.norms import dense
 from glasstune.core.findings import Finding
 
 
@@ -92,7 +93,9 @@ class OutputWatch:
 
 def _extremes(tensor: Tensor) -> Tensor:
     """Smallest and largest entry, [2]; NaN where there is one."""
-    return torch.stack(torch.aminmax(tensor.detach()))
+    plain = dense(tensor)
+    plain = plain.float() if plain.itemsize == 1 else plain  # float8 has no such kernel
+    return torch.stack(torch.aminmax(plain))
 
 
 def whole_story(

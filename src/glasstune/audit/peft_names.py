@@ -28,7 +28,9 @@ class AdapterState:
 def has_adapter(module: nn.Module) -> bool:
     """Whether a module is an adapted layer (or PEFT's wrapper of a saved module)."""
     kind = type(module)
-    return hasattr(kind, "disable_adapters") and hasattr(kind, "active_adapters")
+    # transformers' models have methods of these names; PEFT's layers have properties.
+    names = ("disable_adapters", "active_adapters")
+    return all(isinstance(getattr(kind, name, None), property) for name in names)
 
 
 def adapter_state(module: Any) -> AdapterState | None:

@@ -14,6 +14,9 @@ from glasstune.audit.finite import OutputWatch
 from glasstune.audit.norms import tensor_stats
 from glasstune.audit.state import TermState, Watched, text_of
 
+SMALL_BUFFER = 1 << 16
+"""Entries of a buffer that is put back after a recomputation without asking whether it changed."""
+
 Engine = Literal["grad", "backward", "none", "unknown"]
 
 
@@ -90,11 +93,17 @@ class Session:
         self.muted = self.log.muted = self.outputs.muted = on
 
     def written_buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
-        """Buffers that were written since the audit began."""
+        """Buffers that the forward has written, or may have: small ones are not asked.
+
+        Batch norm's kernel writes its running mean without counting up its version.
+        """
         found = []
         for module, name, buffer, version in self._buffers:
             current = module._buffers.get(name)
-            if current is not None and (current is not buffer or current._version != version):
+            if current is None or current.is_inference():
+                continue
+            written = current is not buffer or current._version != version
+            if written or current.numel() <= SMALL_BUFFER:
                 found.append((module, name, current))
         return found
 
@@ -136,8 +145,9 @@ class Session:
             self.values[id(tensor)] = tensor_stats(tensor)
 
     def _hook(self, watched: Watched) -> RemovableHandle:
-        def arrived(gradient: Tensor) -> None:
-            if not self.muted:
+        def arrived(gradient: Tensor | None) -> None:
+            # None: a custom backward said that it gives nothing.
+            if gradient is not None and not self.muted:
                 self.arrivals += 1
                 watched.arrive(gradient, self.arrivals, bool(self.terms), self._keep_values)
 
