@@ -251,6 +251,16 @@ def test_a_rank_above_the_size_is_said():
     assert "3,072 for 512" in finding.message
 
 
+def test_a_saved_module_that_hits_more_is_said():
+    options = {"r": 4, "target_modules": ["q_proj"]}
+    laid = overlay(on_meta("llama"), {**options, "modules_to_save": ["norm"]})
+    (finding,) = laid.findings
+    assert finding.code == "saved_module_broad"
+    assert "4 modules" in finding.message  # two norms in each of two layers
+    for exact in (["model.norm"], ["mlp"], ["lm_head"]):
+        assert overlay(on_meta("llama"), {**options, "modules_to_save": exact}).findings == []
+
+
 def test_an_adapted_tied_head_is_said():
     laid = overlay(on_meta("llama", tie_word_embeddings=True), {"target_modules": ["lm_head"]})
     assert [finding.code for finding in laid.findings] == ["tied_weights_adapted"]

@@ -231,9 +231,10 @@ def read_lora_config(folder: Path) -> LoraConfig:
             fix="repair the file, or train with the installed PEFT's options",
         ) from error
     if not isinstance(config, LoraConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
         raise InputError(
             "bad_adapter",
-            f"the adapter is of type {config.peft_type}, not LoRA",
+            f"the adapter is of type {kind}, not LoRA",
             where=str(folder),
             fix="give a LoRA adapter",
         )

@@ -25,7 +25,12 @@ from torch.nn import Parameter
 
 from glasstune.adapters.inject import add_adapter, read_lora_config
 from glasstune.adapters.options import drop_misses
-from glasstune.adapters.overlay_findings import experts_not_adapted, rank_above_size, tied_weights
+from glasstune.adapters.overlay_findings import (
+    experts_not_adapted,
+    rank_above_size,
+    saved_module_broad,
+    tied_weights,
+)
 from glasstune.core.findings import Finding
 from glasstune.core.inspection import LoraOverlay
 
@@ -97,6 +102,7 @@ def overlay(
     findings += [
         *found.findings,
         *rank_above_size(plain, found.rows),
+        *saved_module_broad(used.get("modules_to_save") or (), found.rows),
         *experts_not_adapted(plain, found.rows, found.all_parameters),
     ]
     asked["target_modules"] = _short(asked["target_modules"], list(plain))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -46,6 +46,30 @@ def rank_above_size(
             message=f"on {len(larger)} modules LoRA holds more parameters than the weight itself, "
             f"for example {path}: {adapter:,} for {weight_count:,}",
             fix="lower r, or set rank_pattern for them",
+        )
+    ]
+
+
+def saved_module_broad(asked: Sequence[str], rows: Mapping[str, LoraOverlay]) -> list[Finding]:
+    """An entry of `modules_to_save` that hits more: PEFT compares bare endings of paths.
+
+    Args:
+        asked: The list.
+        rows: What the adapter adds, by path.
+    """
+    saved = [path for path, row in rows.items() if "modules_to_save" in row.kind]
+    meant = [path for path in saved if any(f".{name}." in f".{path}." for name in asked)]
+    more = [path for path in saved if path not in meant]
+    if not more:
+        return []
+    return [
+        Finding(
+            code="saved_module_broad",
+            severity="warning",
+            where="adapter.modules_to_save",
+            message=f"modules_to_save matches bare endings: {', '.join(asked)} also trains "
+            f"{len(more)} modules of other names, {_some(more)}",
+            fix="write the whole path of what is meant",
         )
     ]
 

@@ -148,7 +148,7 @@ def inspect_model(
                 int8_compute=options.int8_compute,
             )
             advance()
-        laid = _overlay(found, source, wanted[0], options, given)
+        laid = _overlay(found, source, options, given)
         advance()
     for precision in precisions.values():
         _lay(precision, laid)
@@ -225,13 +225,10 @@ def _options(
     if dtype is not None:
         asked = {"model": {"path": "-", "dtype": dtype}, "data": {"sources": [{"path": "-"}]}}
         dtype = config_from_mapping(asked, name="option").config.model.dtype
-    # w8a16 is ours: outside a run at 8 bit the tree shows what bitsandbytes makes.
-    ours = model is not None and found.bits == 8
-    return _Options(
-        merged,
-        dtype or (model.dtype if model and found.bits else "bfloat16"),
-        model.int8_compute if model is not None and ours else "llm_int8",
-    )
+    if model is None or found.bits is None:
+        # Without a configuration the tree shows what bitsandbytes makes, not our w8a16.
+        return _Options(merged, dtype or "bfloat16", "llm_int8")
+    return _Options(merged, dtype or model.dtype, model.int8_compute)
 
 
 def _given(
@@ -257,11 +254,12 @@ def _bar(progress: Progress | None, total: int) -> Iterator[Any]:
 
 
 def _overlay(
-    found: Target, source: ModelSource, bits: int, options: _Options, given: dict[str, Any]
+    found: Target, source: ModelSource, options: _Options, given: dict[str, Any]
 ) -> Overlay | None:
     """The adapter over the tree: a live one, the run's, or a new one; None where none belongs."""
     from glasstune.adapters.overlay import carries_adapter, existing_overlay, overlay
-    from glasstune.models.inspect.dry_run import own_bits, skeleton
+    from glasstune.models.inspect.dry_run import skeleton
+    from glasstune.models.inspect.precision import supported_bits
 
     live = source.module
     if live is not None and carries_adapter(live):
@@ -277,8 +275,9 @@ def _overlay(
         trained = any(parameter.requires_grad for parameter in live.parameters())
         if trained or source.config is None:
             return None
-    # LoRA is the same at every precision; without packing its counts need no unpacking.
-    plain = skeleton(source, own_bits(source) or 16, options.quantization, dtype=options.dtype)
+    # LoRA is the same at every precision; 16 bit, where the source has it, needs no unpacking.
+    (bits,), _ = supported_bits(source, (16,))
+    plain = skeleton(source, bits, options.quantization, dtype=options.dtype)
     return overlay(plain, {**(found.adapter or {}), **given}, optim=found.optim)
 
 

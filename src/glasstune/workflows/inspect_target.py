@@ -48,10 +48,10 @@ def find_target(target: Any) -> Target:
         target: Path or name, a module, or a transformers config.
 
     Raises:
-        InputError: A run's or adapter's files are broken.
+        InputError: A run's or adapter's files are broken, or an object is no model.
     """
     if not isinstance(target, (str, Path)):
-        return Target(type(target).__name__, target)
+        return Target(type(target).__name__, _live(target))
     name = str(target)
     place = Path(name).expanduser()
     if is_run(place):
@@ -63,6 +63,21 @@ def find_target(target: Any) -> Target:
         return _of_config(name, config, None, None)
     folder = place if place.is_dir() else place.parent if place.name == "config.json" else None
     return Target(name, name, tokenizer=folder)
+
+
+def _live(target: Any) -> Any:
+    from torch import nn
+
+    is_config = hasattr(target, "model_type") and hasattr(target, "to_dict")
+    if isinstance(target, nn.Module) or (is_config and not isinstance(target, type)):
+        return target
+    what = f"the class {target.__name__}" if isinstance(target, type) else type(target).__name__
+    raise InputError(
+        "not_a_model",
+        f"{what} is neither a path nor an nn.Module",
+        where="model",
+        fix="give a path, a hub id, a module, or a transformers config",
+    )
 
 
 def open_base(target: Target, *, trust_remote_code: bool) -> ModelSource:
@@ -77,6 +92,8 @@ def open_base(target: Target, *, trust_remote_code: bool) -> ModelSource:
     try:
         return open_source(target.base, trust_remote_code=trust)
     except InputError as error:
+        if error.code == "remote_code_needed":
+            error.fix = "read that code, then give --trust-remote-code (trust_remote_code=True)"
         if target.model is None or error.code != "model_not_found":
             raise
         raise InputError(
