@@ -1,4 +1,4 @@
-"""`GlasstuneCallback`: first-step gate, live norms and audits inside `transformers.Trainer` and TRL.
+"""`GlasstuneCallback`: gate, live norms and audits inside `transformers.Trainer` and TRL.
 
 When the Trainer calls (5.17 to 5.24 alike): `on_step_begin`; forward and backward of each
 micro-batch; clipping; `on_pre_optimizer_step`; the optimiser moves; `on_optimizer_step`; gradients
@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback
 
 from glasstune.audit.gate import FirstStepGate
+from glasstune.audit.peft_names import layer_of
+from glasstune.audit.report import AuditReport
 from glasstune.core.errors import InputError, RunError
 from glasstune.core.findings import Finding
-from glasstune.integrations.audit_file import FILE, AuditFile
+from glasstune.integrations.audits import FILE, Audits, supersede
 from glasstune.integrations.term_loss import listener
 from glasstune.integrations.watch import GradientWatch, to_host
 
@@ -87,6 +90,7 @@ class GlasstuneCallback(TrainerCallback):
         self.findings: list[Finding] = []
         self.norms: dict[str, float | None] = {}
         self._gate: FirstStepGate | None = None
+        self._audits: Audits | None = None
         self._watch: GradientWatch | None = None
         self._names: list[str] = []
         self._weights: dict[str, float] = {}
@@ -117,7 +121,23 @@ class GlasstuneCallback(TrainerCallback):
             self._gate.close()
         if self._watch is not None:
             self._watch.close()
+        if self._audits is not None:
+            self._audits.close()
         self._gate = self._watch = None
+
+    @property
+    def report(self) -> AuditReport | None:
+        """The latest audit of this process; None before the first (and beside process 0)."""
+        return None if self._audits is None else self._audits.report
+
+    @property
+    def layer_norms(self) -> dict[str, float]:
+        """Gradient norm of each layer in the latest update, before clipping."""
+        squares: dict[str, float] = {}
+        for name, norm in self.norms.items():
+            layer = layer_of(name)
+            squares[layer] = squares.get(layer, 0.0) + (norm or 0.0) ** 2
+        return {layer: square**0.5 for layer, square in squares.items()}
 
     # Events of the Trainer, in their order.
 
@@ -146,37 +166,53 @@ class GlasstuneCallback(TrainerCallback):
         self._window, self._updates = {}, 0
         if not parameters:
             self._report([_nothing_trained(self.first_step_gate)], state)
-        self._watch = GradientWatch(model, parameters)
+        path = self.output or Path(args.output_dir or ".") / FILE
+        self._audits = Audits(path, self.every_n_steps, here=state.is_world_process_zero)
+        if state.is_world_process_zero:
+            supersede(path, state.global_step)
+        self._watch = GradientWatch(model, parameters, self._backward_ended)
         if self.first_step_gate != "off":
             self._gate = FirstStepGate(model, self.first_step_gate, self.gate_allow)
-        self._file = AuditFile(self.output or Path(args.output_dir or ".") / FILE)
-        if state.is_world_process_zero:
-            self._file.supersede(state.global_step)
 
     def on_step_begin(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """An update begins."""
         self._weights, self._sums, self._skip = {}, {}, False
-        if self._watch is not None:
-            self._watch.begin()
+        if self._watch is None or self._audits is None or model is None or optimizer is None:
+            return
+        self._watch.begin()
+        self._audits.begin(state.global_step + 1, model, optimizer)
         if self._gate is not None:
             self._gate.before_update(state.global_step + 1)
         listener.set(self)
 
     def hear(self, terms: Mapping[str, tuple[float, Tensor]]) -> None:
         """Takes the terms of a micro-batch from `term_loss`, before its backward."""
-        if self._watch is None or self._watch.forwards == 0:
+        if self._watch is None or not self._watch.take_forward():
             return  # another Trainer's loss, after this one's training broke off
         for name, (weight, value) in terms.items():
             self._weights[name] = weight
             before = self._sums.get(name)
             now = value.detach().float()
             self._sums[name] = now if before is None else before + now
+        if self._audits is not None and self._audits.open:
+            self._watch.muted = True
+            try:
+                self._audits.hear(terms)
+            finally:
+                self._watch.muted = False
+
+    def _backward_ended(self) -> None:
+        """Ends the audit with the update's last backward: what follows is clipping."""
+        if self._audits is not None and GradientState().sync_gradients:
+            self._audits.end()
 
     def on_pre_optimizer_step(
         self,
@@ -197,6 +233,8 @@ class GlasstuneCallback(TrainerCallback):
         if self._watch is None or model is None or optimizer is None:
             return
         step = state.global_step + 1
+        if self._audits is not None:
+            self._audits.write()
         self._read(step, state, optimizer)
         for name, value in self._sums.items():
             before = self._window.get(name)
@@ -218,9 +256,9 @@ class GlasstuneCallback(TrainerCallback):
         if clipped:  # the model's output held no tensor with a graph: nothing told of the backward
             watch.measure()
         assert watch.measured is not None
-        losses = self._sums or {
-            "": total for total in [sum(watch.losses, torch.zeros(()))] if watch.losses
-        }
+        losses = dict(self._sums)
+        if not losses and watch.losses:
+            losses[""] = torch.stack(watch.losses).sum()
         rows, values = to_host(watch.measured, list(losses.values()))
         self.norms = {
             name: None if largest < 0 else norm

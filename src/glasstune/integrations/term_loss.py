@@ -175,7 +175,7 @@ def _term(name: str, spec: Any) -> Term:
 def _takes_count(function: TermFunction) -> bool:
     """Whether a function can be called with a third argument, `num_items_in_batch`."""
     try:
-        kinds = [parameter for parameter in inspect.signature(function).parameters.values()]
+        kinds = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # built in C: no signature
         return False
     if any(kind.name == "num_items_in_batch" for kind in kinds):
@@ -208,14 +208,19 @@ class TermLoss:
         """
         if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() > 1:
             num_items_in_batch = num_items_in_batch.flatten()[0]  # DataParallel repeats it
-        found: dict[str, tuple[float, Tensor]] = {}
-        for term in self.terms:
-            found[term.name] = (term.weight, _value(term, outputs, labels, num_items_in_batch))
-        if torch.is_grad_enabled():
-            _refuse_without_graph(found, outputs)
-            heard = listener.get()
+        try:
+            found = {
+                term.name: (term.weight, _value(term, outputs, labels, num_items_in_batch))
+                for term in self.terms
+            }
+            heard = listener.get() if torch.is_grad_enabled() else None
+            if torch.is_grad_enabled():
+                _refuse_without_graph(found, outputs)
             if heard is not None:
                 heard.hear(found)
+        except BaseException:
+            listener.set(None)  # this training has ended; the next may have no callback
+            raise
         # The Trainer multiplies the loss in place, so it must never be a term itself.
         return sum((weight * value for weight, value in found.values()), start=torch.zeros(()))
 

@@ -8,7 +8,7 @@ fires as a backward begins and asks autograd to call back when it has ended.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,17 +26,22 @@ class GradientWatch:
     Args:
         model: The model that the Trainer calls, not wrapped.
         parameters: Trained tensors by name.
+        on_end: Called at the end of each backward, after the reading.
 
     Attributes:
         measured: float32 [n, 2] of `live_norms`, or None while no backward has ended.
-        forwards: Forwards with gradients on since the start of the update.
-        losses: The model's own `loss` of each of them, where it computes one.
+        muted: Whether backwards are passed over, because an audit runs them.
+        losses: The model's own `loss` of each forward of the update, where it computes one.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, Tensor], on_end: Callable[[], None]
+    ) -> None:
         self.parameters = list(parameters.values())
+        self.muted = False
+        self._on_end = on_end
         self.measured: Tensor | None = None
-        self.forwards = 0
+        self._forwards = 0
         self.losses: list[Tensor] = []
         self._asked = False
         self._handle = model.register_forward_hook(self._forward)
@@ -44,24 +49,30 @@ class GradientWatch:
     def begin(self) -> None:
         """Forgets the last update."""
         self.measured = None
-        self.forwards = 0
+        self._forwards = 0
         self.losses = []
         self._asked = False
+
+    def take_forward(self) -> bool:
+        """Whether the model ran with gradients on since this was last asked."""
+        ran = self._forwards > 0
+        self._forwards = 0
+        return ran
 
     def _forward(self, module: nn.Module, args: Any, output: Any) -> None:
         # A compiled model is traced with its hooks: nothing here can be seen from inside.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        self.forwards += 1
+        self._forwards += 1
         loss = output.get("loss") if isinstance(output, Mapping) else None
         if isinstance(loss, Tensor) and loss.dim() == 0:
             self.losses.append(loss.detach())
         for tensor in tensors_in(output):
             if tensor.requires_grad:
-                tensor.register_hook(self._begun)
+                tensor.register_hook(self._begun)  # type: ignore[no-untyped-call]
 
     def _begun(self, gradient: Tensor) -> None:
-        if not self._asked:
+        if not self._asked and not self.muted:
             self._asked = True
             _when_backward_ends(self._ended)
 
@@ -73,6 +84,7 @@ class GradientWatch:
     def _measure(self) -> None:
         self._asked = False
         self.measure()
+        self._on_end()
 
     def measure(self) -> None:
         """Reads the gradients as they are now."""
@@ -84,8 +96,8 @@ class GradientWatch:
         self._handle.remove()
 
 
-def _when_backward_ends(function: Any) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]
+def _when_backward_ends(function: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def to_host(measured: Tensor, values: Sequence[Tensor]) -> tuple[list[list[float]], list[float]]:
