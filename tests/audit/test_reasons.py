@@ -1,4 +1,4 @@
-"""The decision list: one test for each way in which a gradient is lost, and for the healthy ones."""
+"""The decision list: a test for each way in which a gradient is lost, and for the healthy ones."""
 
 from __future__ import annotations
 
@@ -74,10 +74,15 @@ def test_not_a_leaf() -> None:
 def test_the_loss_has_no_graph_under_no_grad() -> None:
     model = Net()
     audit = GradientAudit(model)
-    with pytest.raises(InputError) as refused, audit:
-        with torch.no_grad():
-            output = model(IDS)
-        audit.terms({"sum": (1.0, output.sum())})
+
+    def step() -> None:
+        with audit:
+            with torch.no_grad():
+                output = model(IDS)
+            audit.terms({"sum": (1.0, output.sum())})
+
+    with pytest.raises(InputError) as refused:
+        step()
     assert refused.value.code == "loss_without_graph"
     assert "'sum'" in refused.value.message
     assert "no_grad" in refused.value.message
@@ -89,10 +94,15 @@ def test_the_loss_has_no_graph_under_no_grad() -> None:
 def test_the_loss_has_no_graph_and_no_terms_were_given() -> None:
     model = Net()
     audit = GradientAudit(model)
-    with pytest.raises(RuntimeError, match="does not require grad"), audit:
-        with torch.inference_mode():
-            output = model(IDS)
-        output.sum().backward()
+
+    def step() -> None:
+        with audit:
+            with torch.inference_mode():
+                output = model(IDS)
+            output.sum().backward()
+
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        step()
     assert audit.report["head.weight"].reason.code == "loss_without_graph"
     assert "inference_mode" in audit.report["head.weight"].reason.text
 

@@ -1,0 +1,71 @@
+"""Statistics of tensors and live norms against plain torch in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from glasstune.audit import norms
+from glasstune.audit.norms import Gatherer, live_norms, summary, tensor_stats
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_stats(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "CHUNK", 7)
+    torch.manual_seed(0)
+    x = torch.randn(5, 9).to(dtype).T
+    x[0, 0], x[1, 1], x[2, 2], x[3, 3] = 0, float("nan"), float("inf"), float("-inf")
+    found = summary(tensor_stats(x).tolist(), x.numel())
+    finite = x[x.isfinite()].double()
+    assert found.norm == pytest.approx(float(finite.norm()), rel=1e-12)
+    assert found.max_abs == float(finite.abs().max())
+    assert found.zero_fraction == pytest.approx(1 / 45)
+    assert (found.nan, found.inf) == (1, 2)
+    assert not found.finite
+
+
+def test_gatherer_keeps_keys_and_order() -> None:
+    box = Gatherer()
+    box.put("a", torch.tensor([1.0, 2.0]))
+    box.put(("b", 1), torch.tensor(3, dtype=torch.int64))
+    box.put("a", torch.tensor([[4.0], [5.0]]))
+    assert box.gather() == {"a": [4.0, 5.0], ("b", 1): [3.0]}
+    assert Gatherer().gather() == {}
+
+
+def test_live_norms() -> None:
+    def parameter(*values: float, dtype=torch.float32) -> nn.Parameter:
+        made = nn.Parameter(torch.zeros(len(values), dtype=dtype))
+        made.grad = torch.tensor(values, dtype=dtype)
+        return made
+
+    none = nn.Parameter(torch.zeros(2))
+    empty = parameter()
+    rows = [
+        parameter(3.0, -4.0),
+        none,
+        parameter(1e20, 1e20),
+        parameter(1e-30),
+        parameter(0.0, 0.0),
+        parameter(float("nan"), 1.0),
+        parameter(float("-inf"), 1.0),
+        empty,
+        parameter(3.0, 4.0, dtype=torch.bfloat16),
+    ]
+    found = live_norms(rows)
+    assert found.shape == (9, 2)
+    assert found[0].tolist() == [5, 4]
+    assert found[1].tolist() == [-1, -1]
+    assert found[2, 1] == torch.tensor(1e20)  # its 2-norm is Inf in float32
+    assert found[3, 1] == torch.tensor(1e-30)  # its 2-norm is 0 in float32
+    assert found[4].tolist() == [0, 0]
+    assert found[5, 1].isnan()
+    assert found[6, 1].isinf()
+    assert found[7].tolist() == [0, 0]
+    assert found[8].tolist() == [5, 4]
+
+
+def test_live_norms_without_any_gradient() -> None:
+    assert live_norms([nn.Parameter(torch.ones(2))]).tolist() == [[-1, -1]]
+    assert live_norms([]).shape == (0, 2)
