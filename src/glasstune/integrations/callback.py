@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from accelerate.state import GradientState
@@ -23,9 +24,18 @@ from transformers.trainer_callback import TrainerCallback
 from glasstune.audit.gate import FirstStepGate
 from glasstune.audit.peft_names import layer_of
 from glasstune.audit.report import AuditReport
-from glasstune.core.errors import InputError, RunError
+from glasstune.core.errors import InputError
 from glasstune.core.findings import Finding
+from glasstune.core.gradients import ParameterAudit
 from glasstune.integrations.audits import FILE, Audits, supersede
+from glasstune.integrations.refusals import (
+    check_mode,
+    explained,
+    not_finite,
+    nothing_trained,
+    refusal,
+    refuse_hidden_gradients,
+)
 from glasstune.integrations.term_loss import listener
 from glasstune.integrations.watch import GradientWatch, to_host
 
@@ -38,6 +48,8 @@ if TYPE_CHECKING:
 Mode = Literal["stop", "warn", "off"]
 PREFIX = "glasstune"
 log = logging.getLogger("glasstune")
+_on_model: WeakKeyDictionary[nn.Module, ref[GlasstuneCallback]] = WeakKeyDictionary()
+"""Whose hooks are on a model. A training that was interrupted leaves them there."""
 
 
 class GlasstuneCallback(TrainerCallback):
@@ -70,8 +82,8 @@ class GlasstuneCallback(TrainerCallback):
         every_n_steps: int = 50,
         non_finite: Mode = "stop",
     ) -> None:
-        _check_mode("first_step_gate", first_step_gate)
-        _check_mode("non_finite", non_finite)
+        check_mode("first_step_gate", first_step_gate)
+        check_mode("non_finite", non_finite)
         if (
             isinstance(every_n_steps, bool)
             or not isinstance(every_n_steps, int)
@@ -155,17 +167,21 @@ class GlasstuneCallback(TrainerCallback):
         Raises:
             InputError: Nothing is trained, or gradients are kept where a callback cannot see them.
         """
-        self.close()
         assert model is not None
+        earlier = _on_model.get(model, lambda: None)()
+        for callback in (self, earlier):
+            if callback is not None:
+                callback.close()
+        _on_model[model] = ref(self)
         parameters = {
             name: value for name, value in model.named_parameters() if value.requires_grad
         }
-        _refuse_hidden_gradients(args, parameters, optimizer)
+        refuse_hidden_gradients(args, parameters, optimizer)
         self.findings = []
         self._names = list(parameters)
         self._window, self._updates = {}, 0
         if not parameters:
-            self._report([_nothing_trained(self.first_step_gate)], state)
+            self._report([nothing_trained(self.first_step_gate)], state)
         path = self.output or Path(args.output_dir or ".") / FILE
         self._audits = Audits(path, self.every_n_steps, here=state.is_world_process_zero)
         if state.is_world_process_zero:
@@ -283,7 +299,7 @@ class GlasstuneCallback(TrainerCallback):
             self._skip = True
             return
         if self.non_finite != "off":
-            found = _not_finite(step, bad, bad_losses, len(self._names), self.non_finite, clipped)
+            found = not_finite(step, bad, bad_losses, len(self._names), self.non_finite, clipped)
             self._report([found], state)
 
     def on_optimizer_step(
@@ -305,7 +321,7 @@ class GlasstuneCallback(TrainerCallback):
         if getattr(optimizer, "step_was_skipped", False):
             return
         found = self._gate.after_update(state.global_step + 1, model, _learning_rate(optimizer))
-        self._report(found, state)
+        self._report([explained(item, self._audited(item.where)) for item in found], state)
         if self._gate.done:
             self._gate = None
 
@@ -351,6 +367,10 @@ class GlasstuneCallback(TrainerCallback):
         """Removes the hooks."""
         self.close()
 
+    def _audited(self, name: str) -> ParameterAudit | None:
+        """What the latest audit says of a tensor."""
+        return None if self._audits is None else self._audits.row(name)
+
     def _report(self, found: Sequence[Finding], state: TrainerState) -> None:
         """Keeps findings, logs warnings, raises errors.
 
@@ -363,93 +383,9 @@ class GlasstuneCallback(TrainerCallback):
                 hint = f" (hint: {item.fix})" if item.fix else ""
                 log.warning("%s%s", item.message, hint)
         errors = [item for item in found if item.severity == "error"]
-        if not errors:
-            return
-        self.close()
-        step = f"step {state.global_step + 1}"
-        if errors[0].code != "gate_dead_tensor":
-            raise RunError(errors[0].code, errors[0].message, where=step, fix=errors[0].fix)
-        names = ", ".join(item.where for item in errors[:6])
-        more = f" and {len(errors) - 6} more" if len(errors) > 6 else ""
-        raise RunError(
-            "first_step_gate",
-            f"{len(errors)} trained tensors do not learn: {names}{more}. "
-            f"First: {errors[0].message}",
-            where=step,
-            fix="GlasstuneCallback(first_step_gate='warn') goes on anyway; gate_allow=[...] takes "
-            "globs of tensors that may stay dead",
-        )
-
-
-def _check_mode(key: str, value: str) -> None:
-    if value not in ("stop", "warn", "off"):
-        raise InputError(
-            "wrong_value",
-            f"{key} is {value!r}",
-            where="GlasstuneCallback",
-            fix="use stop, warn or off",
-        )
-
-
-def _refuse_hidden_gradients(
-    args: TrainingArguments, parameters: Mapping[str, Tensor], optimizer: Any
-) -> None:
-    """Refuses what keeps gradients elsewhere than in `.grad` of whole tensors.
-
-    Raises:
-        InputError: DeepSpeed or FSDP.
-    """
-    kinds = {type(value).__name__ for value in parameters.values()} & {"DTensor", "FlatParameter"}
-    who = "FSDP" if kinds or getattr(args, "fsdp", None) else ""
-    if getattr(args, "deepspeed", None) or "DeepSpeed" in type(optimizer).__name__:
-        who = "DeepSpeed"
-    if who:
-        raise InputError(
-            "gradients_hidden",
-            f"{who} keeps gradients in buffers of its own, and a callback cannot read them yet",
-            where="GlasstuneCallback",
-            fix="leave the callback out, or check the model once on one device with it",
-        )
-
-
-def _nothing_trained(mode: str) -> Finding:
-    return Finding(
-        "nothing_trained",
-        "warning" if mode == "warn" else "error",
-        "model",
-        "no parameter requires a gradient, so nothing can be trained",
-        "add an adapter, or switch the one there is on: a disabled adapter is frozen",
-    )
-
-
-def _not_finite(
-    step: int, bad: Sequence[str], losses: Mapping[str, float], total: int, mode: str, clipped: bool
-) -> Finding:
-    """The finding of a NaN or Inf.
-
-    Args:
-        step: Of the update.
-        bad: Tensors whose gradient is not finite.
-        losses: Term -> value, of those that are not finite; "" = the model's own loss.
-        total: Number of trained tensors.
-        mode: `stop` or `warn`.
-        clipped: Whether the gradients were read after clipping.
-    """
-    parts = []
-    for name, value in losses.items():
-        parts.append(f"loss term {name!r} is {value}" if name else f"the loss is {value}")
-    if bad:
-        some = ", ".join(bad[:6]) + (f" and {len(bad) - 6} more" if len(bad) > 6 else "")
-        spread = " (read after clipping, which spreads a NaN to all)" if clipped else ""
-        parts.append(f"the gradient of {len(bad)} of {total} tensors is not finite: {some}{spread}")
-    return Finding(
-        "non_finite_loss" if losses else "non_finite_gradient",
-        "error" if mode == "stop" else "warning",
-        bad[0] if bad else next(iter(losses)),
-        f"step {step}: " + "; ".join(parts) if mode == "warn" else "; ".join(parts),
-        "look at this update's rows (a batch without a trained label gives NaN), the learning rate "
-        "and the precision; the weights are still those before this update",
-    )
+        if errors:
+            self.close()
+            raise refusal(errors, state.global_step + 1)
 
 
 def _learning_rate(optimizer: Optimizer) -> float:
