@@ -61,6 +61,11 @@ def test_opens_readable(page: Page, make: Any, width: int, dark: bool) -> None:
     assert len(paths(page)) > 10
     page.run("document.getElementById('tree-unfold').click()")
     assert page.overflow() <= 0
+    wide = page.run(
+        "return [...document.querySelectorAll('.tree th, .tree td')]"
+        ".filter(cell => cell.scrollWidth > cell.clientWidth).map(cell => cell.textContent)"
+    )
+    assert wide == [], "no cell runs into its neighbour"
 
 
 def test_the_tree_folds_equal_blocks_and_shows_the_precisions_side_by_side(
@@ -292,3 +297,20 @@ def test_a_tree_that_does_not_fold_stays_usable(page: Page) -> None:
     type_filter(page, "layers.77.mlp.up_proj")
     assert paths(page)[-1] == "model.layers.77.mlp.up_proj"
     assert len(paths(page)) == 6
+
+
+def test_a_record_of_the_real_workflow(page: Page) -> None:
+    """A small model, inspected for real: the page and the record agree."""
+    from tiny import tiny_config
+
+    from glasstune.workflows.inspect import inspect_model
+
+    made = inspect_model(tiny_config("llama"), target_modules=["q_proj"], r=4).to_dict()
+    page.open(inspect_page(made))
+    page.one("#tree-unfold").click()
+    for value in made["precisions"].values():
+        assert f"{value['total_bytes']:,}" in page.one("#sizes").text
+    row = page.one(f'{ROWS}[data-path="model.layers.0-1.self_attn.q_proj"]').text
+    assert "→ Linear4bit" in row
+    assert "+ LoRA(r=4)" in row
+    assert made["peft_line"] in page.one("#adapter").text

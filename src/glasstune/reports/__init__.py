@@ -1,1 +1,1 @@
-"""Terminal and metric sinks, from records and events alone."""
+"""Terminal, web pages and metric sinks, from records and events alone."""

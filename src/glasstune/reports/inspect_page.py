@@ -53,6 +53,7 @@ def inspect_page(record: Any) -> str:
             if any(part[0] in p["bytes_by_part"] for p in precisions.values())
         ],
         "parameters": tree.parameters,
+        "run": _first_run(tree),
         "lora": lora_places(tree),
         "errors": _errors(json.get("error")),
         "texts": [(value["label"], _text(value)) for value in precisions.values()],
@@ -77,6 +78,15 @@ def _text(precision: Json) -> str:
     if len(lines) > SHOWN_LINES:
         lines = [*lines[:SHOWN_LINES], f"... and {len(lines) - SHOWN_LINES:,} more lines"]
     return "\n".join(lines)
+
+
+def _first_run(node: Node) -> str:
+    """Returns the label of the first folded run, as `0-29`; empty where nothing folds."""
+    for child in node.children:
+        label = child.label if child.count > 1 else _first_run(child.node)
+        if label:
+            return label
+    return ""
 
 
 def _options(adapter: Json | None) -> list[tuple[str, str]]:

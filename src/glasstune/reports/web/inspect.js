@@ -290,16 +290,18 @@
     const leaf = below.length === 0;
     if (!leaf && own && own.bytes) {
       below.push({ label: "own", size: size(own.bytes * all), value: own.bytes * all, kids: [], pick: () => reveal(at),
-        style: kind(own, precision, { }), words: `${at.path}: ${size(own.bytes * all)} of its own, ${state}` });
+        style: kind(own, precision, {}), words: `${at.path}: ${size(own.bytes * all)} of its own, ${state}` });
     }
     const each = all > 1 && leaf ? ` (${all} × ${size(node.bytes[index])})` : "";
     return {
       label: leaf ? label : `${label} · ${blocks}${node.class}`,
       size: size(value), value, kids: below, pick: () => reveal(at), count: all,
-      style: leaf ? kind(own, precision, { }) : "",
+      style: leaf ? kind(own, precision, {}) : largest(below).style, // Too small for a frame.
       words: `${at.path || node.class}: ${size(value)}${each}, ${percent(value / precision.total)}${state ? `, ${state}` : ""}`,
     };
   }
+
+  const largest = (boxes) => boxes.reduce((best, each) => (each.value > best.value ? each : best));
 
   function drawMap(width) {
     if (!width || !precisions.length) return;

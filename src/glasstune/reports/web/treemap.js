@@ -113,8 +113,11 @@ const treemap = (() => {
         onclick: () => each.pick && each.pick(),
         onfocus: () => tell(each.words), onmouseenter: () => tell(each.words),
       });
-      if (at.width > 46 && at.height > 20) tile.append(el("b", {}, each.label));
-      if (at.width > 46 && at.height > 38) tile.append(el("span", {}, each.size));
+      const upright = at.width < 84 && at.height > 130; // Too narrow for words: they stand.
+      const [along, across] = upright ? [at.height, at.width] : [at.width, at.height];
+      if (upright) tile.classList.add("upright");
+      if (along > 46 && across > 22) tile.append(el("b", {}, each.label));
+      if (along > 46 && across > 38) tile.append(el("span", {}, each.size));
       place(tile, at);
       area.append(tile);
     });
