@@ -127,6 +127,24 @@ def test_a_run_without_an_adapter_yet_shows_what_it_will_train(trained, tmp_path
     assert record.peft_line == inspect_model(trained).record.peft_line
 
 
+def test_the_saved_adapter_counts_and_not_what_the_config_says_of_it(trained, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "config.yaml").write_text((trained / "config.yaml").read_text())
+    saved = json.loads((trained / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**saved, "r": 3}))
+    assert inspect_model(tmp_path).record.adapter["r"] == 3
+
+
+def test_the_optimiser_of_a_configuration_counts(trained, tmp_path):
+    text = (trained / "config.yaml").read_text()
+    assert "optim: adamw_torch" in text
+    file = tmp_path / "c.yaml"
+    file.write_text(text.replace("optim: adamw_torch", "optim: adamw_8bit"))
+    head = rows(inspect_model(file), 16)["lm_head"].lora
+    # 512 x 64 values: two moments of a byte each and a float32 scale for 256 of them.
+    assert head.optimizer_bytes == 2 * (32_768 + 4 * 128)
+
+
 def test_a_run_whose_base_has_moved_says_so(trained, tmp_path):
     (tmp_path / "adapter").mkdir()
     text = (trained / "config.yaml").read_text()
@@ -300,6 +318,9 @@ def test_tokens_beyond_the_embedding_are_said(tmp_path):
     assert finding.severity == "warning"
     assert f"ids up to {len(tokenizer) - 1:,}" in finding.message
     assert "400 rows" in finding.message
+    for size, said in ((len(tokenizer), False), (len(tokenizer) - 1, True)):
+        tiny_config("llama", vocab_size=size).save_pretrained(tmp_path)
+        assert ("tokens_without_rows" in codes(inspect_model(tmp_path))) is said
     saved = inspect_model(tmp_path, adapter={"modules_to_save": ["embed_tokens"]})
     (finding,) = [f for f in saved.record.findings if f.code == "tokens_without_rows"]
     assert finding.severity == "info"
