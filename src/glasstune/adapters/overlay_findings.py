@@ -118,7 +118,7 @@ def precision_traps(precision: PrecisionRecord, rows: Mapping[str, LoraOverlay])
     if not quantized:
         return []
     findings = []
-    where = f"{precision.bits} bit"
+    where = f"bits={precision.bits}"
     saved = [path for path, row in rows.items() if "modules_to_save" in row.kind]
     broken = [path for path in saved if path in quantized]
     if broken:

@@ -131,7 +131,7 @@ def _errors(error: Json | None) -> dict[str, Any] | None:
         "layers": layers[:SHOWN_ERRORS],
         "left_out": max(0, len(layers) - SHOWN_ERRORS),
         "largest": largest or 1.0,
-        "names": {"8": "8 bit", "nf4": "NF4", "fp4": "FP4"},
+        "names": {"8": "8 bit", "nf4": "NF4", "fp4": "FP4", "nf4_double": "NF4 double"},
         "mean": error["mean"],
         "source": error["source"],
         "seconds": format_seconds(error["seconds"]),

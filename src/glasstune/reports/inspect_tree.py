@@ -299,7 +299,7 @@ def _total_rows(record: Json) -> Iterator[tuple[str, list[str]]]:
 
 
 def _print_errors(error: Json, console: Console) -> None:
-    names = {"8": "8 bit", "nf4": "NF4", "fp4": "FP4"}
+    names = {"8": "8 bit", "nf4": "NF4", "fp4": "FP4", "nf4_double": "NF4 double"}
     kinds = list(error["mean"])
     layers = error["layers"]
     say(
