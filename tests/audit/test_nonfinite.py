@@ -73,9 +73,7 @@ def test_bracket() -> None:
     assert bracket([("a", True), ("b", True)]) is None
     found = bracket([("a", True), ("b", False), ("c", False), ("d", True)])
     assert (found.bad, found.before, found.after) == ("b", "a", "d")
-    assert bracket([("a", False)]).text() == (
-        "nothing comes before it, nothing after it is finite"
-    )
+    assert bracket([("a", False)]).text() == ("nothing comes before it, nothing after it is finite")
 
 
 def test_nan_and_inf_are_counted() -> None:

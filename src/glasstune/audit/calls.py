@@ -168,8 +168,7 @@ class CallLog:
         own = {name: value for name, value in module._parameters.items() if value is not None}
         if own:
             if self._on_parameters is not None and any(
-                name not in calls.parameters or calls.parameters[name][0] is not value
-                for name, value in own.items()
+                _changed(calls.parameters.get(name), value) for name, value in own.items()
             ):
                 self._on_parameters(path, own)
             calls.parameters = {name: (value, value.requires_grad) for name, value in own.items()}
@@ -231,6 +230,10 @@ def _after(log: CallLog, path: str) -> Callable[..., None]:
         log.leave(path, output)
 
     return hook
+
+
+def _changed(held: tuple[Tensor, bool] | None, value: Tensor) -> bool:
+    return held is None or held[0] is not value or held[1] != value.requires_grad
 
 
 def _within(path: str, region: str) -> bool:

@@ -16,7 +16,9 @@ from glasstune.audit.terms import Term, Terms, read_terms
 from glasstune.core.errors import InputError
 
 
-def take_terms(session: Session, terms: Terms, counts: Mapping[str, float] | None) -> list[Term]:
+def take_terms(
+    session: Session, terms: Terms, counts: Mapping[str, float] | None, split: bool = True
+) -> list[Term]:
     """Checks, walks and splits; see `GradientAudit.terms`."""
     try:
         found = read_terms(terms, lambda: why_no_graph(session))
@@ -34,6 +36,7 @@ def take_terms(session: Session, terms: Terms, counts: Mapping[str, float] | Non
                 where=name,
                 fix=f"the terms are: {', '.join(term.name for term in found)}",
             )
+    session.hook_unfrozen()
     reaches = [walk([term.loss]) for term in found]
     watched = [w for w in session.watched.values() if w.tensor.requires_grad]
     for term, reach in zip(found, reaches, strict=True):
@@ -48,7 +51,8 @@ def take_terms(session: Session, terms: Terms, counts: Mapping[str, float] | Non
             one.note_reach(term.name, reach.reaches(one.tensor))
     session.compiled |= any(reach.compiled for reach in reaches)
     session.reentrant |= any(reach.reentrant for reach in reaches)
-    _split(session, found, reaches, watched)
+    if split:
+        _split(session, found, reaches, watched)
     nodes: set[Any] = set().union(*(reach.nodes for reach in reaches))
     session.find_breaks(nodes)
     return found

@@ -106,16 +106,13 @@ def _of_losses(record: AuditRecord, facts: Facts) -> list[Finding]:
 
 
 def _of_parameters(rows: Sequence[ParameterAudit]) -> list[Finding]:
-    """One finding for all parameters that share a status and the code of a reason."""
-    groups: dict[tuple[str, str, str], list[ParameterAudit]] = {}
+    """One finding for all parameters with one status, one code and one line."""
+    groups: dict[tuple[str, str, str | None], list[ParameterAudit]] = {}
     for row in rows:
-        if row.reason is None or row.status in ("frozen", "nonfinite"):
-            continue
-        groups.setdefault((row.status, row.reason.code, row.reason.module), []).append(row)
-    merged: dict[tuple[str, str], list[list[ParameterAudit]]] = {}
-    for (status, code, _), members in groups.items():
-        merged.setdefault((status, code), []).append(members)
-    found = [_group(code, status, families) for (status, code), families in merged.items()]
+        if row.reason is not None and row.status not in ("frozen", "nonfinite"):
+            key = (row.status, row.reason.code, row.reason.line)
+            groups.setdefault(key, []).append(row)
+    found = [_group(code, status, members) for (status, code, _), members in groups.items()]
     if rows and not any(row.requires_grad for row in rows):
         found.append(
             Finding(
@@ -126,8 +123,7 @@ def _of_parameters(rows: Sequence[ParameterAudit]) -> list[Finding]:
     return found
 
 
-def _group(code: str, status: str, families: list[list[ParameterAudit]]) -> Finding:
-    members = [row for family in families for row in family]
+def _group(code: str, status: str, members: list[ParameterAudit]) -> Finding:
     first = members[0]
     assert first.reason is not None
     severity: Severity = "error"

@@ -77,10 +77,20 @@ class FirstStepGate:
         model: The model; its trained tensors are those that require a gradient now.
         mode: `stop` makes a dead tensor an error, `warn` a warning.
         allow: Glob patterns of tensor names that may stay dead.
+        calls_seen: Whether modules' calls can be seen; inside a region of torch.compile they
+            cannot, and a tensor without a gradient is then dead, not waited for.
     """
 
-    def __init__(self, model: nn.Module, mode: str = "stop", allow: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: str = "stop",
+        allow: Sequence[str] = (),
+        *,
+        calls_seen: bool = True,
+    ) -> None:
         self.mode = mode
+        self.calls_seen = calls_seen
         self.parameters = {
             name: value for name, value in model.named_parameters() if value.requires_grad
         }
@@ -94,7 +104,7 @@ class FirstStepGate:
         self._terms: set[str] = set()
         self._before: dict[str, Tensor] = {}
         self._decay: dict[int, float] = {}
-        self._handles = self._watch_calls(model)
+        self._handles = self._watch_calls(model) if calls_seen else []
 
     def _watch_calls(self, model: nn.Module) -> list[RemovableHandle]:
         by_host: dict[str, list[TensorState]] = {}
@@ -116,7 +126,8 @@ class FirstStepGate:
             return
         self._terms = set()
         for state in self.states.values():
-            state.called_now = False
+            state.called_now = not self.calls_seen
+            state.called |= state.called_now
         partners = (self._partner(name) for name in self.states)
         wanted = {*self.states, *(name for name in partners if name is not None)}
         self._before = {name: self.parameters[name].detach().clone() for name in wanted}
@@ -193,7 +204,9 @@ class FirstStepGate:
         if not state.in_optimizer:
             return "requires a gradient but is in no optimiser group"
         if not state.has_gradient:
-            return "has no gradient although its module ran"
+            if self.calls_seen:
+                return "has no gradient although its module ran"
+            return "has no gradient, and torch.compile hides whether its module ran"
         if not state.finite:
             return "has a gradient with NaN or Inf"
         if not state.nonzero and learns and (final or not state.excused):

@@ -177,7 +177,9 @@ class GradientAudit:
         self._report = AuditReport(record)
         session.release("gradients" in self.keep)
 
-    def terms(self, terms: Terms, counts: Mapping[str, float] | None = None) -> None:
+    def terms(
+        self, terms: Terms, counts: Mapping[str, float] | None = None, *, split: bool = True
+    ) -> None:
         """Names the weighted terms of the loss: after its forward, before its backward.
 
         With gradient accumulation it is called once for each backward; weights stay the same.
@@ -188,6 +190,8 @@ class GradientAudit:
                 one.
             counts: What each loss is divided by over the whole update, where it is a sum whose
                 weight already holds that division; for the record alone.
+            split: Whether each term gets a backward of its own; if not, its graph is walked (what
+                it reaches, and why something is not reached) and its gradient is not known.
 
         Raises:
             InputError: `audit_closed`, `no_terms`, `term_twice`, `terms_twice`, `term_not_pair`,
@@ -195,7 +199,7 @@ class GradientAudit:
                 `loss_not_tensor`, `loss_not_scalar`, `loss_without_graph`,
                 `backward_before_terms`, `unknown_term`; each names its term.
         """
-        take_terms(self._opened(), terms, counts)
+        take_terms(self._opened(), terms, counts, split)
 
     def combine(self, terms: Terms, counts: Mapping[str, float] | None = None) -> Tensor:
         """Hands the terms in as `terms` does and returns Σ weight * loss, scalar, with graph.

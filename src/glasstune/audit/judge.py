@@ -137,7 +137,7 @@ class Judge:
 
     def _why_zero(self, name: str, watched: Watched) -> Reason:
         partner = partner_of(name)
-        key = None if partner is None else self.by_name.get(partner)
+        key = None if partner is None else self.by_name.get(partner[1])
         other = None if key is None else self.numbers.value.get(key)
         own = self.numbers.value.get(id(watched.tensor))
         reaching = [
@@ -145,7 +145,7 @@ class Judge:
         ]
         gram = self._own_gram(watched)
         return why_zero(
-            partner if key is not None else None,
+            partner[0] if partner is not None and key is not None else None,
             other is not None and other.zero,
             own is not None and own.zero,
             [self.weights[index] for index in reaching],

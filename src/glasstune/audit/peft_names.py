@@ -60,11 +60,11 @@ def adapter_of(model: nn.Module, name: str) -> tuple[str, str] | None:
     return None
 
 
-def partner_of(name: str) -> str | None:
-    """Name of the other factor of a low-rank product: that of `lora_A` is `lora_B`."""
+def partner_of(name: str) -> tuple[str, str] | None:
+    """The other factor of a low-rank product, and the parameter's name: `lora_B` for `lora_A`."""
     for mine, other in PARTNERS:
         if f".{mine}." in name:
-            return name.replace(f".{mine}.", f".{other}.")
+            return other, name.replace(f".{mine}.", f".{other}.")
     return None
 
 

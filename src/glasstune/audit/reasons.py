@@ -104,7 +104,10 @@ def _about_the_backward(e: Evidence) -> Reason | None:
 
 def _about_the_calls(model: nn.Module, log: CallLog, e: Evidence) -> Reason | None:
     paths = [_callable_owner(model, path) for path, _ in e.owners]
-    if any(log.in_compiled_region(path) for path in paths) or (e.compiled and not log.seen):
+    hidden = e.compiled and (e.reached == "unknown" or not log.seen)
+    if any(log.in_compiled_region(path) for path in paths) or (
+        hidden and not any(path in log.calls for path in paths)
+    ):
         return Reason(
             "inside_compiled_region",
             "it lies inside a region of torch.compile, where the audit cannot see; audit the "
@@ -272,7 +275,7 @@ def why_zero(
     """Why a gradient is exactly zero.
 
     Args:
-        partner: Name of the other factor of a low-rank product.
+        partner: The other factor of a low-rank product (`lora_B`), where there is one.
         partner_zero: Whether that is exactly zero.
         value_zero: Whether the parameter itself is.
         weights: Of the terms that reach it.
@@ -284,9 +287,8 @@ def why_zero(
                 "both_zero",
                 f"it and its partner {partner} are both exactly zero, so neither can ever move",
             )
-        return Reason(
-            "partner_zero", f"its partner {partner} is exactly zero, as at the first step: healthy"
-        )
+        text = f"its partner {partner} is exactly zero, as at the first step: healthy"
+        return Reason("partner_zero", text)
     if weights and not any(weights):
         return Reason("weight_zero", "every term that reaches it has the weight 0")
     if any(norm for norm in norms):

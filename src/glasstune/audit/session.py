@@ -88,6 +88,12 @@ class Session:
                 watched.handle.remove()
                 watched.handle = None
 
+    def hook_unfrozen(self) -> None:
+        """Hooks parameters that were unfrozen since the audit began."""
+        for watched in self.watched.values():
+            if watched.handle is None and watched.tensor.requires_grad:
+                watched.handle = self._hook(watched)
+
     def mute(self, on: bool) -> None:
         """Makes the hooks look away while the audit itself runs a backward."""
         self.muted = self.log.muted = self.outputs.muted = on

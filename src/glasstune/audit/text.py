@@ -222,17 +222,18 @@ def _counted(rows: Sequence[ParameterAudit]) -> str:
 
 
 def _reasons(rows: Sequence[ParameterAudit]) -> str:
-    """Each reason once, with the parameters it holds for."""
-    groups: dict[str, list[ParameterAudit]] = {}
+    """Each reason once for all parameters with one status, one code and one line."""
+    groups: dict[tuple[str, str, str | None], list[ParameterAudit]] = {}
     for row in rows:
         if row.reason is not None and row.status != "frozen":
-            where = f" [{row.reason.line}]" if row.reason.line else ""
-            key = f"{row.status} ({row.reason.code}): {row.reason.text}{where}"
+            key = (row.status, row.reason.code, row.reason.line)
             groups.setdefault(key, []).append(row)
     lines = ["Why:"] if groups else []
-    for key, members in list(groups.items())[:FINDINGS]:
+    for (status, code, line), members in list(groups.items())[:FINDINGS]:
         more = f" and {len(members) - 1} more" if len(members) > 1 else ""
-        lines.append(f"- {members[0].name}{more}: {key}")
+        text = members[0].reason.text if members[0].reason else ""
+        where = f" [{line}]" if line else ""
+        lines.append(f"- {members[0].name}{more}: {status} ({code}): {text}{where}")
     if len(groups) > FINDINGS:
         lines.append(f"- and {len(groups) - FINDINGS} more reasons (see to_dict())")
     return "\n".join(lines)
