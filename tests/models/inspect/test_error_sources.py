@@ -106,8 +106,8 @@ def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map={"": "cpu"}
     )
-    with pytest.raises(InputError) as live:
-        quantization_error(open_source(loaded), leaves)
+    with pytest.raises(InputError, match="4 bit") as live:
+        quantization_error(open_source(loaded), [])
     loaded.save_pretrained(tmp_path / "small")
     with pytest.raises(InputError) as stored:
         quantization_error(open_source(str(tmp_path / "small")), leaves)

@@ -17,6 +17,7 @@ from glasstune.core.inspection import ErrorReport, LayerError
 from glasstune.core.protocols import Progress
 from glasstune.core.units import format_bytes
 from glasstune.models.inspect.dry_run import skeleton
+from glasstune.models.inspect.live import foreign_quantization, live_bits
 from glasstune.models.inspect.match import LeafWeight, live_leaves, match_leaves
 from glasstune.models.inspect.source import ModelSource, own_quantization, quantization_method
 from glasstune.models.inspect.weights import Rows, open_checkpoint, weights_folder
@@ -267,13 +268,18 @@ def _step(weight: LeafWeight, budget: int) -> int:
 
 
 def _refuse_quantized(source: ModelSource) -> None:
-    own = None if source.config is None else own_quantization(source.config)
-    if own is None or source.kind == "gguf":
+    if source.module is not None:
+        bits, foreign = live_bits(source.module), foreign_quantization(source.module)
+        how = foreign or ("" if bits == 16 else f"{bits} bit")
+    else:
+        own = None if source.config is None else own_quantization(source.config)
+        how = "" if own is None or source.kind == "gguf" else quantization_method(own)
+    if not how:
         return
     raise InputError(
         "already_quantized",
-        f"the checkpoint is quantised already ({quantization_method(own)}): without its 16-bit "
-        "original there is no error to take",
+        f"the model is quantised already ({how}): without its 16-bit original there is no error "
+        "to take",
         where=source.name,
         fix="give the original checkpoint, or leave out --error",
     )
