@@ -135,7 +135,8 @@ def _kept(record: PrecisionRecord, where: str) -> Finding:
         "kept_at_16bit",
         "warning" if much else "info",
         where,
-        f"{record.kept_share:.1%} of parameters ({total:,}) stay at 16 bit: {largest}",
+        f"{record.kept_share:.1%} of parameters ({total:,}) stay at 16 bit"
+        f"{f': {largest}' if largest else ''}",
         "the memory hardly falls: use 16 bit, or a model whose weights are Linear layers"
         if much
         else "",
