@@ -37,13 +37,14 @@ def audited(model, **options):
     return audit
 
 
-def adapted(folder: Path, bits: int = 16, **options):
-    model, _ = gt.load_model(str(folder), bits=bits)
+def adapted(folder: Path, bits: int | str = 16, **options):
+    loaded = {"bits": 8, "int8_compute": "llm_int8"} if bits == "llm_int8" else {"bits": bits}
+    model, _ = gt.load_model(str(folder), **loaded)
     torch.manual_seed(0)
     return peft.get_peft_model(model, peft.LoraConfig(**{**LORA, **options})).train()
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, "llm_int8", 4])
 def test_g03_first_step_of_a_lora_is_healthy(tiny_llama: Path, bits: int) -> None:
     model = adapted(tiny_llama, bits)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -70,7 +71,7 @@ def test_g03_first_step_of_a_lora_is_healthy(tiny_llama: Path, bits: int) -> Non
     ]
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, "llm_int8", 4])
 @pytest.mark.parametrize("recompute", ["none", "plain", "reentrant"])
 def test_terms_at_every_precision_and_recomputation(
     tiny_llama: Path, bits: int, recompute: str
@@ -116,6 +117,21 @@ def test_both_factors_zero_never_learn(tiny_llama: Path) -> None:
     assert len(dead) == 2
     (finding,) = [item for item in report.findings if item.severity == "error"]
     assert finding.code == "both_zero"
+
+
+def test_kl_to_base_alone_is_at_its_minimum(tiny_llama: Path) -> None:
+    """Teacher and student in one forward, so that their difference is exactly zero."""
+    model = adapted(tiny_llama)
+    with GradientAudit(model) as audit:
+        logits = model(input_ids=IDS).logits.double().log_softmax(-1)
+        base = logits.detach()
+        loss = (logits - base).square().sum()
+        audit.combine({"kl": (1.0, loss)}).backward()
+    codes = {
+        (row.status, row.reason.code) for row in audit.report.parameters if "lora_" in row.name
+    }
+    assert codes == {("zero", "partner_zero"), ("zero", "untouched_adapter")}
+    assert [item for item in audit.report.findings if item.severity != "info"] == []
 
 
 def test_a_disabled_adapter(tiny_llama: Path) -> None:

@@ -551,3 +551,52 @@ def test_a_model_that_was_not_run() -> None:
     with GradientAudit(model) as audit:
         other(IDS).sum().backward()
     assert audit.report["head.weight"].reason.code in ("no_backward", "calls_not_seen")
+
+
+def test_torch_func_inside_an_audit() -> None:
+    """Tensors of a transformation must not be kept; the ordinary step beside it is audited."""
+    model = Net()
+    held = {name: value.detach() for name, value in model.named_parameters()}
+
+    def inner(values):
+        return torch.func.functional_call(model, values, (IDS,)).sum()
+
+    with GradientAudit(model) as audit:
+        torch.func.grad(inner)(held)
+        audit.combine(weighted(model(IDS), WEIGHTS)).backward()
+    others_are_ok(audit.report)
+    assert audit.report.sum_check < 1e-6
+
+
+def test_a_dead_activation_is_a_zero_gradient() -> None:
+    model = Net()
+    model.layers[1].register_forward_hook(lambda module, args, output: torch.relu(output - 1e3))
+    report = audit_step(model).report
+    assert reason(report, "layers.0.weight")[:2] == ("zero", "zero_gradient")
+    severities = {item.severity for item in report.findings if item.code == "zero_gradient"}
+    assert severities == {"warning"}
+
+
+def test_weights_that_only_pass_through_are_not_held() -> None:
+    """Offloading puts a frozen weight in for one call: the audit must not keep it alive."""
+    import weakref
+
+    model = Net()
+    model.embed.requires_grad_(False)
+    passing = []
+
+    def load(module, args):
+        module.weight = nn.Parameter(torch.ones(11, 6), requires_grad=False)
+        passing.append(weakref.ref(module.weight))
+
+    resting = model.embed.weight
+
+    def unload(module, args, output):
+        module.weight = resting
+
+    model.embed.register_forward_pre_hook(load)
+    model.embed.register_forward_hook(unload)
+    with GradientAudit(model) as audit:
+        audit.combine(weighted(model(IDS), WEIGHTS)).backward()
+        assert passing[0]() is None
+    assert audit.report["embed.weight"].status == "frozen"

@@ -107,6 +107,7 @@ class CallLog:
         self.compiled: set[str] = set()
         self.autocast = False
         self.muted = False
+        self.known: set[int] = set()
         self._on_output = on_output
         self._on_start = on_start
         self._on_parameters = on_parameters
@@ -165,7 +166,12 @@ class CallLog:
             calls.no_grad_line = calls.no_grad_line or line
             calls.inference += torch.is_inference_mode_enabled()
             calls.reentrant = calls.reentrant or _inside_reentrant()
-        own = {name: value for name, value in module._parameters.items() if value is not None}
+        # Frozen weights that are only passing (offloaded, loaded for one call) are not held.
+        own = {
+            name: value
+            for name, value in module._parameters.items()
+            if value is not None and (value.requires_grad or id(value) in self.known)
+        }
         if own:
             if self._on_parameters is not None and any(
                 _changed(calls.parameters.get(name), value) for name, value in own.items()
@@ -216,7 +222,7 @@ class CallLog:
 
 def _before(log: CallLog, path: str, adapted: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or log.muted:
+        if torch.compiler.is_compiling() or log.muted or _in_transform():
             return
         log.enter(path, module, args, kwargs, adapted)
 
@@ -225,7 +231,7 @@ def _before(log: CallLog, path: str, adapted: bool) -> Callable[..., None]:
 
 def _after(log: CallLog, path: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or log.muted:
+        if torch.compiler.is_compiling() or log.muted or _in_transform():
             return
         log.leave(path, output)
 
@@ -253,6 +259,11 @@ def in_backward() -> bool:
     """Whether a backward is running in this thread."""
     running: int = torch._C._current_graph_task_id()
     return running != -1
+
+
+def _in_transform() -> bool:
+    """Whether torch.func is transforming: its tensors must not be kept."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:

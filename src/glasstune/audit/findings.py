@@ -10,7 +10,7 @@ from glasstune.audit.finite import Bracket, whole_story
 from glasstune.core.findings import Finding, Severity
 from glasstune.core.gradients import AuditRecord, ParameterAudit
 
-_INFO = frozenset({"consumed", "no_backward", "zero_gradient", "unknown"})
+_INFO = frozenset({"consumed", "no_backward", "unknown", "untouched_adapter"})
 _WARNING = frozenset(
     {
         "adapter_disabled",
@@ -21,6 +21,7 @@ _WARNING = frozenset(
         "inside_reentrant_checkpoint",
         "module_not_called",
         "terms_cancel",
+        "zero_gradient",
     }
 )
 _FIX = {

@@ -293,8 +293,14 @@ def why_zero(
         return Reason("weight_zero", "every term that reaches it has the weight 0")
     if any(norm for norm in norms):
         return Reason("terms_cancel", "the terms' gradients here cancel exactly")
+    if partner is not None and value_zero:
+        text = (
+            "it is exactly zero, so the adapter is still untouched, and the loss is at a minimum "
+            "there, as a divergence from the base model alone is"
+        )
+        return Reason("untouched_adapter", text)
     return Reason(
         "zero_gradient",
         "the loss does not change with it here: a dead activation, a mask, rows that were not "
-        "used, or a minimum (a divergence from the base model while the adapter is untouched)",
+        "used, or a minimum",
     )

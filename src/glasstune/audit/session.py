@@ -77,6 +77,7 @@ class Session:
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_inference():
                     self._buffers.append((module, name, buffer, buffer._version))
+        self.log.known = set(self.watched)
         self.log.attach()
 
     def detach(self) -> None:
