@@ -85,7 +85,6 @@ def test_options_that_peft_would_pass_over_are_refused(
 @pytest.mark.parametrize(
     ("section", "values", "where"),
     [
-        ("audit", {"every_n_steps": 10}, "audit.every_n_steps"),
         ("training", {"compute": "bf16"}, "training.compute"),
         ("training", {"distributed": {"timeout_seconds": 5}}, "training.distributed."),
         ("training", {"max_memory": "lots"}, "training.max_memory"),

@@ -265,7 +265,7 @@ class AuditConfig(Section):
     """What is watched while training."""
 
     every_n_steps: int = Field(50, ge=0)
-    """Updates between per-term audits; 0 = none."""
+    """Updates between per-term audits into audit.jsonl; the first update has one too. 0 = none."""
     first_step_gate: Literal["stop", "warn", "off"] = "stop"
     """What happens when an adapter tensor does not learn at the first step."""
     gate_allow: list[str] = Field(default_factory=list)

@@ -196,7 +196,8 @@ class AuditRecord(Record):
         cancellation: Over all parameters.
         scale: Best factor c of `increment = c Σ w_i g_i`: 1 unless the loss was scaled.
         engine: `grad` (one `autograd.grad` a term), `backward` (one `.backward()` a term, under
-            reentrant checkpointing), `none` (no terms), `unknown` (could not be split by term).
+            reentrant checkpointing), `single` (one term: the step's gradient is its own, divided
+            by the weight), `none` (no terms, or not split), `unknown` (could not be split).
     """
 
     step: int | None
@@ -209,7 +210,7 @@ class AuditRecord(Record):
     gram: Gram = field(default_factory=list)
     cancellation: float | None = None
     scale: float | None = None
-    engine: Literal["grad", "backward", "none", "unknown"] = "none"
+    engine: Literal["grad", "backward", "single", "none", "unknown"] = "none"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object of the contract; what is not finite becomes null."""

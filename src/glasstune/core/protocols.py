@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -51,6 +52,51 @@ class StepHook(Protocol):
 
     def after_update(self, step: int, model: Module, learning_rate: float) -> Sequence[Finding]:
         """The optimiser has moved. A finding of severity `error` stops the run as a gate."""
+
+
+class CountsTaker(Protocol):
+    """Who wants to know what each term's sum is divided by."""
+
+    def take_counts(self, step: int, counts: Mapping[str, float]) -> None:
+        """Counts over the whole update; called before its first `before_backward`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What a second look at a bad update has shown.
+
+    Args:
+        text: One or two clauses for the error message: the first bad module and its neighbours.
+        terms: Names of the loss terms that are not finite, or whose gradients are not.
+    """
+
+    text: str
+    terms: tuple[str, ...] = ()
+
+
+class StepAudit(StepHook, CountsTaker, Protocol):
+    """The gradient audit inside the loop: a hook that can also say why, and look again."""
+
+    def explain(self, step: int, names: Sequence[str]) -> Mapping[str, str]:
+        """Why tensors of this update got no gradient, or a zero one; those it knows of."""
+
+    def examine(
+        self, step: int, replay: Callable[[], None], *, rows: Sequence[str], error: str
+    ) -> Examined:
+        """Has an update computed again, with everything watched, and keeps the record.
+
+        Args:
+            step: Number of the update.
+            replay: Computes it again with this audit as its only hook; `.grad` is empty before.
+            rows: Origins of the rows at fault, for the record.
+            error: What was wrong, for the record.
+        """
+
+    def sync(self) -> None:
+        """Flushes what was written to the disk."""
+
+    def close(self) -> None:
+        """Removes every hook and closes the file."""
 
 
 class MetricsWriter(Protocol):

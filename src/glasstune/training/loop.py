@@ -3,125 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from torch.nn import Parameter
-from torch.optim import Optimizer
-
 from glasstune.adapters.state import restore_state
-from glasstune.core.config import Config
 from glasstune.core.errors import RunError
 from glasstune.core.findings import Finding
-from glasstune.core.protocols import MetricsWriter, Progress, StepHook
 from glasstune.core.tensors import load_tensors
-from glasstune.data.packing import PackedSet
 from glasstune.training import checkpoint as checkpoints
-from glasstune.training.batching import Schedule, Update, evaluation_interval, updates
-from glasstune.training.checkpoint import Identity, LoopState
+from glasstune.training.batching import Update, evaluation_interval, updates
+from glasstune.training.checkpoint import LoopState
 from glasstune.training.heldout import heldout_loss
 from glasstune.training.metrics import MetricsLog, peak_memory_bytes
-from glasstune.training.optimizer import clip_gradients, set_learning_rate
-from glasstune.training.schedule import learning_rate
+from glasstune.training.nonfinite import NonFinite, guilty_of_gradient, looked_into
+from glasstune.training.optimizer import move
+from glasstune.training.run import Outcome, Run, StoppedBy, Window
 from glasstune.training.signals import Interrupted, SignalHook, SignalWatch
-from glasstune.training.step import AdaptedModel, UpdateResult, compute_update
-from glasstune.training.terms import Term
+from glasstune.training.step import UpdateResult, compute_update
 
 SAVE_EVERY_SECONDS = 600
-
-
-@dataclass
-class Run:
-    """Everything the loop needs; the workflow builds it.
-
-    Args:
-        config: Resolved.
-        folder: The run folder.
-        adapted: The model.
-        parameters: Trained tensors, in the optimiser's order.
-        optimizer: Over exactly those.
-        terms: Loss terms.
-        train: Training rows.
-        validation: Held-out rows, or None.
-        schedule: Sizes and number of updates.
-        pad_id: Padding token.
-        identity: What checkpoints belong to.
-        write_adapter: Writes adapter, tokenizer and template into a folder.
-        progress: Bars and log.
-        hooks: Gate and audit.
-        writers: Metric sinks beside the file.
-    """
-
-    config: Config
-    folder: Path
-    adapted: AdaptedModel
-    parameters: Mapping[str, Parameter]
-    optimizer: Optimizer
-    terms: Sequence[Term]
-    train: PackedSet
-    validation: PackedSet | None
-    schedule: Schedule
-    pad_id: int
-    identity: Identity
-    write_adapter: Callable[[Path], None]
-    progress: Progress
-    hooks: Sequence[StepHook] = ()
-    writers: Sequence[MetricsWriter] = ()
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.folder / "checkpoints"
-
-
-StoppedBy = Literal["done", "signal", "early_stopping"]
-
-
-@dataclass
-class Outcome:
-    """How the loop ended.
-
-    Args:
-        stopped_by: Why.
-        state: Where it stands.
-        findings: What gate and hooks said.
-    """
-
-    stopped_by: StoppedBy
-    state: LoopState
-    findings: list[Finding] = field(default_factory=list)
-
-
-@dataclass
-class Window:
-    """Sums since the last metrics row."""
-
-    updates: int = 0
-    loss: float = 0.0
-    losses: dict[str, list[float]] = field(default_factory=dict)
-    grad_norm: float = 0.0
-    tokens: int = 0
-    trained_tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def speed(self) -> float:
-        """Tokens a second."""
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
-
-    def add(self, result: UpdateResult, seconds: float) -> None:
-        """Takes one update."""
-        self.updates += 1
-        self.loss += result.loss
-        for name, value in result.losses.items():
-            if value is not None:
-                self.losses.setdefault(name, []).append(value)
-        self.grad_norm = result.grad_norm
-        self.tokens += result.tokens
-        self.trained_tokens += result.trained_tokens
-        self.seconds += seconds
 
 
 class Loop:
@@ -158,6 +59,8 @@ class Loop:
             finally:
                 self.run.progress.finish("train")
                 self.metrics.close()
+                if self.run.audit is not None:
+                    self.run.audit.close()
         return Outcome(stopped_by, self.state, self.findings)
 
     def _train(self) -> Literal["done", "early_stopping"]:
@@ -204,33 +107,62 @@ class Loop:
         run, state = self.run, self.state
         step = state.step + 1
         started = time.monotonic()
-        for hook in run.hooks:
-            hook.before_update(step)
-        result = compute_update(
-            run.adapted, run.terms, update.micro_batches, step, update.epoch,
-            (*run.hooks, SignalHook(self.watch)),
-        )  # fmt: skip
+        try:
+            result = self._compute(update, step)
+        except NonFinite as error:
+            raise self._looked_into(error, update, step) from None
         if result is None:
             state.skipped += 1
             self._idle_rows += update.rows
             self._move_to(update)
             run.progress.say(f"update skipped: no trained token before row {update.position}")
             return False
-        for hook in run.hooks:
-            hook.after_backward(step, run.adapted.model, run.optimizer)
-        result.grad_norm = clip_gradients(run.parameters, run.config.training.max_grad_norm)
-        rate = learning_rate(run.config.training, step, run.schedule.total)
-        set_learning_rate(run.optimizer, rate)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
         state.step = step
         state.trained_tokens += result.trained_tokens
         self._idle_rows = 0
         self._move_to(update)
         self.window.add(result, time.monotonic() - started)
-        self._log(step, rate)
-        self._ask_hooks(step, rate)
+        self._log(step)
+        self._ask_hooks(step, self._rate)
         return True
+
+    def _compute(self, update: Update, step: int) -> UpdateResult | None:
+        """Gradients, then the optimiser's move; None where nothing was trained."""
+        run = self.run
+        for hook in run.every_hook:
+            hook.before_update(step)
+        result = compute_update(
+            run.adapted, run.terms, update.micro_batches, step, update.epoch,
+            (*run.every_hook, SignalHook(self.watch)), counting=run.audit,
+        )  # fmt: skip
+        if result is not None:
+            for hook in run.every_hook:
+                hook.after_backward(step, run.adapted.model, run.optimizer)
+            result.grad_norm, self._rate = move(
+                run.parameters, run.optimizer, run.config.training, step, run.schedule.total
+            )
+        return result
+
+    def _looked_into(self, error: NonFinite, update: Update, step: int) -> NonFinite:
+        run, audit = self.run, self.run.audit
+        batches, epoch = update.micro_batches, update.epoch
+
+        def replay() -> None:
+            hooks = () if audit is None else (audit,)
+            compute_update(
+                run.adapted, run.terms, batches, step, epoch, hooks, counting=audit, check=False
+            )
+
+        return looked_into(
+            error,
+            step=step,
+            find_rows=lambda: guilty_of_gradient(
+                run.adapted, run.terms, batches, run.parameters, step, epoch
+            ),
+            audit=audit,
+            replay=replay,
+            forget=lambda: run.optimizer.zero_grad(set_to_none=True),
+        )
 
     def _move_to(self, update: Update) -> None:
         state = self.state
@@ -253,7 +185,7 @@ class Loop:
             )
 
     def _ask_hooks(self, step: int, rate: float) -> None:
-        for hook in self.run.hooks:
+        for hook in self.run.every_hook:
             found = list(hook.after_update(step, self.run.adapted.model, rate))
             self.findings.extend(found)
             dead = [item for item in found if item.severity == "error"]
@@ -263,18 +195,25 @@ class Loop:
             if dead:
                 names = ", ".join(item.where for item in dead[:6])
                 more = f" and {len(dead) - 6} more" if len(dead) > 6 else ""
+                why = self._why(step, [item.where for item in dead])
                 raise RunError(
                     "first_step_gate",
                     f"{len(dead)} trained tensors do not learn: {names}{more}. "
-                    f"First: {dead[0].message}",
+                    f"First: {dead[0].message}{why}",
                     where=f"step {step}",
                     fix="audit.first_step_gate: warn goes on anyway; audit.gate_allow takes globs "
                     "of tensors that may stay dead",
                 )
 
-    def _log(self, step: int, rate: float) -> None:
+    def _why(self, step: int, names: Sequence[str]) -> str:
+        """The audit's evidence, for the first tensor that it can explain."""
+        known = {} if self.run.audit is None else self.run.audit.explain(step, names)
+        for name, text in known.items():
+            return f": {text}" if name == names[0] else f"; {name}: {text}"
+        return ""
+
+    def _log(self, step: int) -> None:
         window = self.window
-        self._rate = rate
         self.run.progress.advance(
             "train", 1, loss=window.loss / window.updates, tokens_per_second=window.speed
         )
@@ -364,6 +303,8 @@ class Loop:
             return
         state.seconds = time.monotonic() - self._started
         self.metrics.sync()
+        if run.audit is not None:
+            run.audit.sync()
         checkpoints.save_checkpoint(
             run.checkpoints, state, run.identity, run.optimizer, run.write_adapter
         )

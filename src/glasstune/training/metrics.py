@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import sys
@@ -12,11 +11,13 @@ from typing import Any
 
 import torch
 
-from glasstune.core.files import disk_full_named, dump_json, write_text_atomic
+from glasstune.core import jsonl
+from glasstune.core.files import disk_full_named, dump_json
 from glasstune.core.protocols import MetricsWriter
 
 FILE = "metrics.jsonl"
-SUPERSEDED = "metrics.superseded.jsonl"
+AUDIT_FILE = "audit.jsonl"
+"""What the audit writes beside it (see `core.protocols.StepAudit`)."""
 
 
 class MetricsLog:
@@ -59,33 +60,17 @@ class MetricsLog:
 
 
 def supersede(folder: Path, step: int) -> int:
-    """Moves the rows past a checkpoint to `metrics.superseded.jsonl`.
-
-    A half-written last line, as a kill leaves it, is dropped.
+    """Moves the rows past a checkpoint to `*.superseded.jsonl`, of metrics and audits alike.
 
     Args:
         folder: The run folder.
         step: The checkpoint's update; rows up to it stay.
 
     Returns:
-        Number of rows moved.
+        Number of metrics rows moved.
     """
-    path = folder / FILE
-    if not path.exists():
-        return 0
-    kept: list[str] = []
-    moved: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        (kept if row.get("step", 0) <= step else moved).append(line)
-    if moved:
-        with (folder / SUPERSEDED).open("a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in moved)
-    write_text_atomic(path, "".join(line + "\n" for line in kept))
-    return len(moved)
+    jsonl.supersede(folder / AUDIT_FILE, step)
+    return jsonl.supersede(folder / FILE, step)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 
 from glasstune.core.config import TrainingConfig
 from glasstune.core.errors import RunError
+from glasstune.training.nonfinite import KEPT, NonFinite
+from glasstune.training.schedule import learning_rate
 
 
 def make_optimizer(parameters: Mapping[str, Parameter], config: TrainingConfig) -> Optimizer:
@@ -61,15 +63,16 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def clip_gradients(parameters: Mapping[str, Parameter], max_norm: float) -> float:
+def clip_gradients(parameters: Mapping[str, Parameter], max_norm: float, step: int) -> float:
     """Clips to a global norm and returns the norm before.
 
     Args:
         parameters: Trained tensors; those without gradient are passed over.
         max_norm: Upper bound; 0 = measure only.
+        step: 1-based number of the update, for the message.
 
     Raises:
-        RunError: A gradient is not finite; names the tensors.
+        NonFinite: A gradient is not finite; names the tensors.
     """
     gradients = [value.grad for value in parameters.values() if value.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -80,13 +83,47 @@ def clip_gradients(parameters: Mapping[str, Parameter], max_norm: float) -> floa
             for name, value in parameters.items()
             if value.grad is not None and not bool(torch.isfinite(value.grad).all())
         ]
-        raise RunError(
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        raise NonFinite(
             "non_finite_gradient",
-            f"the gradient is not finite in {len(bad)} tensors: {', '.join(bad[:4])}"
+            f"the gradient at step {step} is not finite in {len(bad)} of {len(parameters)} "
+            f"tensors: {', '.join(bad[:4])}{more}"
             if bad
-            else f"the gradient norm overflows ({total})",
-            fix="lower the learning rate, or train in bfloat16 or float32",
+            else f"the gradient norm at step {step} overflows ({total})",
+            where=f"step {step}",
+            fix="look at these rows, lower the learning rate, or train in bfloat16 or float32"
+            + KEPT,
         )
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), max_norm, norm)
     return total
+
+
+def move(
+    parameters: Mapping[str, Parameter],
+    optimizer: Optimizer,
+    config: TrainingConfig,
+    step: int,
+    total: int,
+) -> tuple[float, float]:
+    """Clips, sets the update's learning rate, moves the weights and drops the gradients.
+
+    Args:
+        parameters: Trained tensors.
+        optimizer: Over exactly those.
+        config: Clipping and the schedule of the learning rate.
+        step: 1-based number of the update.
+        total: Updates of the whole run.
+
+    Returns:
+        (gradient norm before clipping, learning rate).
+
+    Raises:
+        NonFinite: A gradient is not finite; nothing has moved.
+    """
+    norm = clip_gradients(parameters, config.max_grad_norm, step)
+    rate = learning_rate(config, step, total)
+    set_learning_rate(optimizer, rate)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, rate

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from glasstune.adapters.base import base_only
-from glasstune.core.batch import IGNORED, Document, MicroBatch
-from glasstune.core.errors import RunError
-from glasstune.core.protocols import StepHook
+from glasstune.core.batch import IGNORED, MicroBatch
+from glasstune.core.protocols import CountsTaker, StepHook
 from glasstune.models.families.install import packing_kwargs
 from glasstune.models.head import HeadSplit
 from glasstune.training.dropout import RowSeeds, mix
+from glasstune.training.nonfinite import check_finite
 from glasstune.training.terms import LossBatch, Term, term_sums
 
 
@@ -37,6 +37,9 @@ class AdaptedModel:
         source_weights: `loss_weight` of each data source.
         seed: The run's seed.
         rows: Seeds of the rows in flight, shared with the adapters' dropout.
+
+    Attributes:
+        bare_head: Whether the loss may take the head's frozen weight instead of calling the head.
     """
 
     model: nn.Module
@@ -47,6 +50,12 @@ class AdaptedModel:
     source_weights: Sequence[float]
     seed: int
     rows: RowSeeds = field(default_factory=RowSeeds)
+    bare_head: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Asked once, before any audit: its hooks on the head only look, and must not choose
+        # another way to the loss, which would be another rounding.
+        self.bare_head = self.split.bare
 
     def precision(self) -> AbstractContextManager[Any]:
         """The autocast context of every forward."""
@@ -111,7 +120,7 @@ class AdaptedModel:
             step=step,
             vocabulary=self.vocabulary,
             head=self.head,
-            head_weight=self.split.weight if self.split.bare else None,
+            head_weight=self.split.weight if self.bare_head else None,
             base=base,
             adapters_off=lambda: base_only(self.model),
         )
@@ -179,6 +188,9 @@ def compute_update(
     step: int,
     epoch: int,
     hooks: Sequence[StepHook] = (),
+    *,
+    counting: CountsTaker | None = None,
+    check: bool = True,
 ) -> UpdateResult | None:
     """Forwards and backwards of one update; gradients are left in `.grad`.
 
@@ -189,12 +201,14 @@ def compute_update(
         step: 1-based number of the update.
         epoch: 0-based epoch.
         hooks: Called before each backward with the terms.
+        counting: Told the counts of the whole update before its first backward.
+        check: Whether a sum that is not finite stops.
 
     Returns:
         The result, or None where the update has no trained token (then no gradient was made).
 
     Raises:
-        RunError: A sum is not finite; names term and rows.
+        NonFinite: A sum is not finite; names term and rows.
     """
     counts = update_counts(adapted, terms, batches, step, epoch)
     if counts is not None and not any(counts.values()):
@@ -212,6 +226,8 @@ def compute_update(
         }
         if not scaled:
             continue
+        if counting is not None and not sums:
+            counting.take_counts(step, counts)
         for hook in hooks:
             hook.before_backward(step, scaled, batch)
         # A user's sum over nothing may have no graph.
@@ -223,7 +239,8 @@ def compute_update(
         return None
     assert counts is not None
     values = torch.stack([value for _, _, value in sums]).tolist()  # the update's one host copy
-    check_finite(adapted, terms, batches, sums, values, step, epoch)
+    if check:
+        check_finite(adapted, terms, batches, sums, values, step, epoch)
     totals = {term.name: 0.0 for term in terms}
     for (_, name, _), value in zip(sums, values, strict=True):
         totals[name] += value
@@ -234,76 +251,4 @@ def compute_update(
         losses=losses,
         tokens=sum(batch.tokens for batch in batches),
         trained_tokens=sum(batch.trained_tokens for batch in batches),
-    )
-
-
-def check_finite(
-    adapted: AdaptedModel,
-    terms: Sequence[Term],
-    batches: Sequence[MicroBatch],
-    sums: Sequence[tuple[int, str, Tensor]],
-    values: Sequence[float],
-    step: int,
-    epoch: int,
-) -> None:
-    """Stops at the first sum that is not finite.
-
-    Raises:
-        RunError: `non_finite_loss`, naming step, term and the rows that cause it.
-    """
-    for (index, name, _), value in zip(sums, values, strict=True):
-        if value == value and abs(value) != float("inf"):
-            continue
-        guilty = guilty_documents(
-            adapted, [t for t in terms if t.name == name], batches[index], step, epoch
-        )
-        origins = ", ".join(document.origin or "?" for document in guilty[:8])
-        more = f" and {len(guilty) - 8} more" if len(guilty) > 8 else ""
-        everywhere = len(guilty) == len(batches[index].documents)
-        raise RunError(
-            "non_finite_loss",
-            f"loss term {name!r} is {value} at step {step}; rows: {origins}{more}",
-            where=f"step {step}",
-            fix=(
-                "every row of the batch gives it: look at the learning rate and the precision"
-                if everywhere
-                else "look at these rows, or lower the learning rate"
-            )
-            + " (the last good checkpoint is kept)",
-        )
-
-
-def guilty_documents(
-    adapted: AdaptedModel, terms: Sequence[Term], batch: MicroBatch, step: int, epoch: int
-) -> list[Document]:
-    """Replays each document of a bad micro-batch alone; returns those that are not finite.
-
-    Where none is bad alone, all of them are returned: the fault needs the whole batch.
-    """
-    guilty: list[Document] = []
-    for document in batch.documents:
-        with torch.no_grad(), adapted.precision():
-            alone = adapted.loss_batch(single_document(document, batch.position), step, epoch)
-            sums = term_sums(terms, alone)
-        if any(not bool(torch.isfinite(value)) for value, _ in sums.values()):
-            guilty.append(document)
-    return guilty or list(batch.documents)
-
-
-def single_document(document: Document, position: int) -> MicroBatch:
-    """A micro-batch of one document in one row."""
-    import numpy as np
-
-    length = len(document)
-    targets = np.full((1, length), IGNORED, dtype=np.int64)
-    targets[0, :-1] = document.labels[1:]
-    return MicroBatch(
-        input_ids=document.ids.astype(np.int64)[None],
-        position_ids=np.arange(length, dtype=np.int64)[None],
-        targets=targets,
-        document_ids=np.zeros((1, length), dtype=np.int32),
-        bounds=((0, length),),
-        documents=(document,),
-        position=position,
-        packed=False,
     )

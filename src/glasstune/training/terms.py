@@ -344,10 +344,19 @@ def _line(error: Exception) -> str:
     return f" ({Path(inside.tb_frame.f_code.co_filename).name}, line {inside.tb_lineno})"
 
 
+def _number(count: Any) -> float | None:
+    try:
+        return float(count)
+    except (TypeError, ValueError, RuntimeError):  # None, text, a tensor of several values
+        return None
+
+
 def _user_term(term: Term, batch: LossBatch) -> tuple[Tensor, float]:
     assert term.function is not None
     try:
         result = term.function(batch)
+    except torch.OutOfMemoryError:
+        raise  # the machine's fault, not the function's
     except Exception as error:
         raise RunError(
             "loss_function_raised",
@@ -363,18 +372,20 @@ def _user_term(term: Term, batch: LossBatch) -> tuple[Tensor, float]:
             fix="return a scalar tensor and the number of things summed",
         )
     total, count = result
-    if total.dim() != 0:
+    if total.dim() != 0 or total.is_complex():
         raise RunError(
             "loss_not_scalar",
-            f"loss term {term.name!r} returned a sum of shape {tuple(total.shape)}",
+            f"loss term {term.name!r} returned a sum of shape {tuple(total.shape)}"
+            + (f" and type {total.dtype}" if total.is_complex() else ""),
             where=term.config.function or "",
-            fix="sum it to a scalar",
+            fix="sum it to a real scalar",
         )
-    number = float(count)
-    if not 0 <= number < math.inf:  # NaN too
+    number = _number(count)
+    if number is None or not 0 <= number < math.inf:  # NaN too
+        shown = f"a tensor of shape {tuple(count.shape)}" if isinstance(count, Tensor) else count
         raise RunError(
             "loss_count",
-            f"loss term {term.name!r} returned the count {number}",
+            f"loss term {term.name!r} returned the count {shown if number is None else number}",
             where=term.config.function or "",
             fix="return how many things were summed, 0 where there are none",
         )

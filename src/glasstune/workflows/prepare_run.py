@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glasstune.core.choices import Choices
-from glasstune.core.config import AuditConfig, Config, DistributedConfig
+from glasstune.core.config import Config, DistributedConfig
 from glasstune.core.config_load import dump_config
 from glasstune.core.errors import InputError
 from glasstune.core.protocols import Progress
@@ -117,8 +117,6 @@ def check_supported(config: Config) -> None:
         "training.compile": training.compile is True,
         "training.distributed.strategy": training.distributed.strategy != "auto",
         "training.distributed.timeout_seconds": limit != DistributedConfig().timeout_seconds,
-        # 0 asks for none, and the default asks for nothing in particular.
-        "audit.every_n_steps": config.audit.every_n_steps not in (0, AuditConfig().every_n_steps),
     }
     for key, asked in waiting.items():
         if asked:

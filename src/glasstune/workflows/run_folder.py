@@ -27,6 +27,7 @@ OWN_FILES = (
     "metrics.jsonl",
     "metrics.superseded.jsonl",
     "audit.jsonl",
+    "audit.superseded.jsonl",
     "report.html",
 )
 OWN_FOLDERS = ("adapter", "checkpoints", "tensorboard")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,14 +13,14 @@ from glasstune.core.choices import Choices
 from glasstune.core.config import Config
 from glasstune.core.errors import RunError, StoppedBySignal
 from glasstune.core.findings import Finding
-from glasstune.core.protocols import Progress, StepHook
+from glasstune.core.protocols import Progress, StepAudit
 from glasstune.core.records import DryRunRecord, TrainRecord
 from glasstune.workflows import run_folder
 from glasstune.workflows.prepare_run import Prepared, prepare
 
 if TYPE_CHECKING:
     from glasstune.training.checkpoint import Identity, LoopState
-    from glasstune.training.loop import Outcome, Run
+    from glasstune.training.run import Outcome, Run
     from glasstune.training.step import AdaptedModel
 
 
@@ -92,15 +91,10 @@ class _Session:
 
     def open(self, resume: str | bool | None) -> tuple[Run, LoopState]:
         """Loads the model, builds optimiser and hooks, restores a checkpoint where asked."""
-        from glasstune.adapters.inject import trainable
-        from glasstune.models.load import load_base
-        from glasstune.training.loop import Run
-        from glasstune.training.optimizer import make_optimizer
+        from glasstune.training.run import Run
+        from glasstune.workflows.trained_model import first_step_gate, open_trained
 
-        base = load_base(self.config.model, self.prepared.resolved, choices=self.choices)
-        adapted = self._adapt(base)
-        parameters = trainable(adapted.model)
-        optimizer = make_optimizer(parameters, self.config.training)
+        adapted, parameters, optimizer = open_trained(self.prepared, self._note)
         if self.overwrite:
             run_folder.clear_run(self.folder)
         run = Run(
@@ -117,10 +111,11 @@ class _Session:
             identity=self._identity(adapted, parameters),
             write_adapter=self._adapter_writer(adapted),
             progress=self.progress,
-            hooks=self._hooks(adapted),
+            hooks=first_step_gate(self.config, adapted.model),
             writers=self._writers(),
         )
         state = self._restore(run, resume)
+        run.audit = self._audit(run, state.attempt)
         self.extra.update(
             device=str(adapted.device),
             environment=run.identity.environment,
@@ -138,66 +133,6 @@ class _Session:
         for finding in self.prepared.data.record.findings:  # before hours are spent on them
             self.progress.say(f"{finding.severity}: {finding.where}: {finding.message}")
         return run, state
-
-    def _adapt(self, base: Any) -> AdaptedModel:
-        import torch
-
-        from glasstune.adapters.inject import (
-            adapter_findings,
-            add_adapter,
-            keep_activation_dtype,
-            start_from,
-        )
-        from glasstune.adapters.options import saved_options
-        from glasstune.models.families.install import install_packing
-        from glasstune.models.head import split_head
-        from glasstune.models.load import autocast_dtype
-        from glasstune.training.dropout import RowSeeds, seed_dropout, unseeded_dropout
-        from glasstune.training.recompute import enable_recompute
-        from glasstune.training.step import AdaptedModel
-
-        if self.prepared.data.train.packed:
-            self.choices.record(
-                "data.packing_method", install_packing(base), f"of {base.config.model_type}"
-            )
-        split = split_head(base)  # before adapters: its probe runs outside autocast
-        if not split.proven:
-            self.choices.record("loss.full_logits", True, split.reason)
-        torch.manual_seed(self.config.training.seed)
-        if self.config.training.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product
-        torch.use_deterministic_algorithms(self.config.training.deterministic)
-        adapter = self.config.adapter
-        if adapter.path is not None:
-            model = start_from(base, adapter.path, adapter.given_options())
-            for name, value in saved_options(model.peft_config[model.active_adapter]).items():
-                setattr(adapter, name, value)  # what config.yaml then says is what is trained
-            self.choices.record("adapter", adapter.path, "adapter.path: its weights go on")
-        else:
-            model = add_adapter(base, **adapter.lora_options())
-        self._note(*adapter_findings(model))
-        autocast = autocast_dtype(base)
-        if autocast is not None:
-            keep_activation_dtype(model)
-        rows = RowSeeds()
-        seed_dropout(model, rows)
-        for key, share in unseeded_dropout(base.config).items():
-            text = (
-                f"the base model itself drops {share:g} there, seeded by micro-batch: another "
-                "split of the same update gives slightly other gradients"
-            )
-            self._note(Finding("dropout_per_micro_batch", "warning", f"model's {key}", text))
-        enable_recompute(model, self.config, self.prepared.schedule.micro, self.choices)
-        return AdaptedModel(
-            model=model,
-            split=split,
-            device=base.device,
-            autocast=autocast,
-            vocabulary=int(split.weight.shape[0]),
-            source_weights=self.prepared.data.loss_weights,
-            seed=self.config.training.seed,
-            rows=rows,
-        )
 
     def _note(self, *findings: Finding) -> None:
         for finding in findings:
@@ -237,13 +172,20 @@ class _Session:
 
         return write
 
-    def _hooks(self, adapted: AdaptedModel) -> list[StepHook]:
-        from glasstune.audit.gate import FirstStepGate
+    def _audit(self, run: Run, attempt: int) -> StepAudit:
+        from glasstune.audit.live import LiveAudit
 
         audit = self.config.audit
-        if audit.first_step_gate == "off":
-            return []
-        return [FirstStepGate(adapted.model, audit.first_step_gate, audit.gate_allow)]
+        return LiveAudit(
+            run.adapted.model,
+            run.optimizer,
+            self.folder,
+            every=audit.every_n_steps,
+            structure=audit.first_step_gate != "off",
+            log_every=self.config.training.logging_steps,
+            total=run.schedule.total,
+            attempt=attempt,
+        )
 
     def _writers(self) -> list[Any]:
         from glasstune.reports.metrics import make_writers
