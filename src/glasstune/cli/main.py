@@ -14,7 +14,14 @@ from typing import Any
 
 import typer
 
-from glasstune.cli import inspect, prepare, train, unbuilt, use  # noqa: F401 - they register commands
+from glasstune.cli import (  # noqa: F401 - they register commands
+    audit,
+    inspect,
+    prepare,
+    train,
+    unbuilt,
+    use,
+)
 from glasstune.cli.app import app
 from glasstune.cli.common import emit
 from glasstune.core.errors import GlasstuneError

@@ -19,12 +19,6 @@ def plan(rest: Rest = None, json: JsonOption = None) -> None:
 
 
 @app.command(context_settings=NOT_BUILT)
-def audit(rest: Rest = None, json: JsonOption = None) -> None:
-    """Show every parameter's gradient by loss term (not built yet)."""
-    not_built("glasstune audit", "training has a first-step gate: audit.first_step_gate")
-
-
-@app.command(context_settings=NOT_BUILT)
 def merge(rest: Rest = None, json: JsonOption = None) -> None:
     """Merge an adapter into its base, with a certificate (not built yet)."""
     not_built("glasstune merge", "the adapter is in PEFT's format: PeftModel.merge_and_unload()")

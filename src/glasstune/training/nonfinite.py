@@ -62,33 +62,42 @@ def check_finite(
     for (index, name, _), value in zip(sums, values, strict=True):
         if math.isfinite(value):
             continue
-        batch, mine = batches[index], [term for term in terms if term.name == name]
-
-        def bad(document: Document, batch: MicroBatch = batch, mine: Sequence[Term] = mine) -> bool:
-            with torch.no_grad(), adapted.precision():
-                alone = adapted.loss_batch(single_document(document, batch.position), step, epoch)
-                found = term_sums(mine, alone)
-            return any(not bool(torch.isfinite(total)) for total, _ in found.values())
-
-        guilty = [document for document in batch.documents if bad(document)]
+        batch = batches[index]
+        mine = [term for term in terms if term.name == name]
+        guilty = guilty_of_loss(adapted, mine, [batch], step, epoch)
+        total = len(batch.documents)
+        fix = "look at these rows, or lower the learning rate"
+        if len(guilty) in (0, total):
+            who = "every row of the batch gives it" if guilty else "no row gives it alone"
+            fix = f"{who}: look at the learning rate and the precision"
         raise NonFinite(
             "non_finite_loss",
             f"loss term {name!r} is {value} at step {step}; rows: "
             + rows_text(guilty or batch.documents),
             where=f"step {step}",
-            fix=_fix(guilty, len(batch.documents)),
+            fix=fix + KEPT,
             rows=origins(guilty or batch.documents),
         )
 
 
-def _fix(guilty: Sequence[Document], total: int) -> str:
-    if len(guilty) in (0, total):
-        return (
-            "every row of the batch gives it: look at the learning rate and the precision" + KEPT
-            if guilty or total == 1
-            else "no row gives it alone: look at the learning rate and the precision" + KEPT
-        )
-    return "look at these rows, or lower the learning rate" + KEPT
+@torch.no_grad()
+def guilty_of_loss(
+    adapted: AdaptedModel,
+    terms: Sequence[Term],
+    batches: Sequence[MicroBatch],
+    step: int,
+    epoch: int,
+) -> list[Document]:
+    """Replays each document alone; returns those in which one of these terms is not finite."""
+    guilty: list[Document] = []
+    for batch in batches:
+        for document in batch.documents:
+            with adapted.precision():
+                alone = adapted.loss_batch(single_document(document, batch.position), step, epoch)
+                found = term_sums(terms, alone)
+            if any(not bool(torch.isfinite(total)) for total, _ in found.values()):
+                guilty.append(document)
+    return guilty
 
 
 def guilty_of_gradient(
