@@ -6,6 +6,7 @@ import pytest
 import torch
 from audited import IDS, WEIGHTS, Net, audit_step, weighted
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from glasstune.audit.gradient_audit import GradientAudit
 from glasstune.audit.reach import walk
@@ -73,6 +74,24 @@ def test_inside_a_compiled_region_nothing_is_called_reached() -> None:
         audit.gradient("spread", "middle.first.weight"),
         truth.gradient("spread", "middle.first.weight"),
     )
+
+
+def test_a_compiled_region_beside_reentrant_checkpointing_stays_unknown() -> None:
+    """A real backward a term tells what a checkpoint hides, not what a compiled region does."""
+
+    class Both(Partly):
+        def forward(self, ids):
+            x = self.run(self.embed(ids))
+            x = checkpoint(lambda x: torch.tanh(self.layers[0](x)), x, use_reentrant=True)
+            return self.head(x)
+
+    report = audit_step(Both("aot_eager")).report
+    assert report.record.engine == "backward"
+    assert report["layers.0.weight"].terms["sum"].reached is True
+    assert report["middle.first.weight"].terms["sum"].reached == "unknown"
+    assert report["middle.first.weight"].terms["sum"].norm > 0
+    assert report["middle.second.weight"].terms["sum"].reached is False
+    assert report.sum_check < 1e-6
 
 
 def test_the_eager_backend_leaves_an_ordinary_graph() -> None:

@@ -600,3 +600,80 @@ def test_weights_that_only_pass_through_are_not_held() -> None:
         audit.combine(weighted(model(IDS), WEIGHTS)).backward()
         assert passing[0]() is None
     assert audit.report["embed.weight"].status == "frozen"
+
+
+def test_a_module_that_ran_before_the_road_ended_is_not_the_cut() -> None:
+    """A probe inside a block gets no gradient, but the block hands it on; it is lost after that."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.probe = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            y = self.main(x)
+            return y + self.probe(y.detach())
+
+    class Probed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, ids):
+            return self.head(self.layers[2](self.block(self.embed(ids)).detach() * 2))
+
+    report = audit_step(Probed()).report
+    assert reason(report, "block.main.weight") == ("none", "detached", "layers.2")
+    assert reason(report, "block.probe.weight") == ("none", "detached", "layers.2")
+
+
+def test_a_module_that_leads_nowhere_is_not_the_cut() -> None:
+    """Positions are looked up after the lost branch, in a table that is not trained."""
+
+    class Positions(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.side = nn.Linear(6, 6)
+            self.positions = nn.Embedding(3, 6).requires_grad_(False)
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            self.side(x)
+            x = x + self.positions(torch.arange(3))
+            return self.head(torch.tanh(self.layers[0](x)))
+
+    report = audit_step(Positions()).report
+    assert reason(report, "side.weight") == ("none", "leads_to_no_loss", "side")
+
+
+@pytest.mark.parametrize("with_terms", [True, False])
+def test_a_cut_in_one_micro_batch_is_remembered(with_terms: bool) -> None:
+    class Sometimes(Net):
+        lost = True
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            if self.lost:
+                x = x + self.layers[1](x).detach()
+            return self.head(torch.tanh(self.layers[0](x)))
+
+    model = Sometimes()
+    with GradientAudit(model) as audit:
+        for lost in (True, False):
+            model.lost = lost
+            output = model(IDS)
+            if with_terms:
+                audit.combine(weighted(output, WEIGHTS)).backward()
+            else:
+                output.sum().backward()
+    row = audit.report["layers.1.weight"]
+    assert row.reason.code in ("detached", "leads_to_no_loss")
+    assert "layers.1 carries its gradient" in row.reason.text
+
+
+def test_calls_of_past_micro_batches_are_forgotten() -> None:
+    model = Net()
+    with GradientAudit(model) as audit:
+        for _ in range(6):
+            model(IDS).sum().backward()
+        assert len(audit._session.log.events) <= 6

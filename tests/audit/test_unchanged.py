@@ -235,6 +235,28 @@ def test_gradients_of_other_leaves_stay_as_they_were() -> None:
     assert torch.equal(prompt.grad, expected.grad)
 
 
+def test_a_leaf_hidden_inside_reentrant_checkpointing_stays_as_it_was() -> None:
+    """A closure brings it in, so no graph shows it; the optimiser tells."""
+    prompt = nn.Parameter(torch.ones(6))
+
+    def forward(model):
+        x = model.embed(IDS)
+        x = checkpoint(lambda x: model.layers[0](x) * prompt, x, use_reentrant=True)
+        return losses(model.head(x))
+
+    model = Net()
+    optimizer = torch.optim.SGD([*model.parameters(), prompt])
+    with GradientAudit(model, optimizer) as audit:
+        found = forward(model)
+        audit.terms({"a": (1.0, found["square"]), "b": (1.0, found["sum"])})
+        assert prompt.grad is None
+        (found["square"] + found["sum"]).backward()
+    seen, prompt.grad = prompt.grad, None
+    found = forward(Net())
+    (found["square"] + found["sum"]).backward()
+    assert torch.equal(prompt.grad, seen)
+
+
 def test_a_hook_that_masks_a_gradient_holds_for_its_terms() -> None:
     model = Net()
     model.embed.weight.register_hook(lambda g: g * (torch.arange(11) > 3)[:, None])

@@ -95,21 +95,21 @@ def _break(events: Sequence[Event], road: Sequence[int], loss_nodes: set[Any] | 
         return Break(None)
     on_road = set(road)
     last = max((events[place] for place in road), key=lambda event: event.end)
-    carried = {address for place in road for address in events[place].out if address}
+    carried = {memory.cdata for place in road for memory in events[place].out}
     # What was there before cannot be a copy of the lost output.
     known = {
-        address
+        memory.cdata
         for place, event in enumerate(events)
         if event.start < last.end
-        for address in (*event.plain_in, *(event.out if place not in on_road else ()))
+        for memory in (*event.plain_in, *(event.out if place not in on_road else ()))
     } - carried
     guess: Event | None = None
     for event in events:
         if event.start < last.end or not event.plain_in:
             continue
-        if any(address in carried for address in event.plain_in if address):
+        if any(memory.cdata in carried for memory in event.plain_in):
             return Break(last, event, same=True)
-        fresh = any(address not in known for address in event.plain_in)
+        fresh = any(memory.cdata not in known for memory in event.plain_in)
         leads = (
             bool(event.nodes)
             if loss_nodes is None

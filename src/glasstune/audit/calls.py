@@ -7,7 +7,7 @@ is compiled already get none, so that nothing is traced differently or compiled 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from glasstune.audit.peft_names import AdapterState, adapter_state, has_adapter
+
+Memory = StorageWeakRef
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
@@ -60,12 +63,12 @@ class Event:
         start: Moment at which it began.
         end: Moment at which it returned; -1 where it did not.
         grad_in: Whether an input needed a gradient.
-        plain_in: Addresses of inputs that needed none.
+        plain_in: Memory of the inputs that needed none.
         integers_in: Whether all of those held integers.
         line: `file.py:12`.
         grad_enabled: Whether gradients were on.
         nodes: `grad_fn` of the outputs.
-        out: Addresses of the outputs.
+        out: Memory of the outputs.
         has_in: Whether any input was a tensor.
     """
 
@@ -73,12 +76,12 @@ class Event:
     start: int
     end: int = -1
     grad_in: bool = False
-    plain_in: tuple[int, ...] = ()
+    plain_in: tuple[Memory, ...] = ()
     integers_in: bool = False
     line: str | None = None
     grad_enabled: bool = True
     nodes: tuple[Any, ...] = ()
-    out: tuple[int, ...] = ()
+    out: tuple[Memory, ...] = ()
     has_in: bool = False
 
 
@@ -188,7 +191,7 @@ class CallLog:
             path,
             self._tick(),
             grad_in=len(plain) < len(tensors),
-            plain_in=tuple(_address(tensor) for tensor in plain),
+            plain_in=memory_of(plain),
             integers_in=bool(plain) and not any(_is_float(tensor) for tensor in plain),
             line=line,
             grad_enabled=grad,
@@ -212,7 +215,7 @@ class CallLog:
             if event.path == path:
                 event.end = self._tick()
                 event.nodes = tuple(t.grad_fn for t in outputs if t.grad_fn is not None)
-                event.out = tuple(_address(tensor) for tensor in outputs)
+                event.out = memory_of(outputs)
                 return
 
     def _tick(self) -> int:
@@ -303,8 +306,14 @@ def _is_float(tensor: Tensor) -> bool:
     return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # tensors without storage of their own: sparse, fake, functional
-        return 0
+def memory_of(tensors: Sequence[Tensor]) -> tuple[Memory, ...]:
+    """Names the memory of tensors without keeping it.
+
+    An address alone would not do: memory that was freed is given out again. A weak reference keeps
+    the number of a storage from being used for another one.
+    """
+    return tuple(
+        StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        for tensor in tensors
+        if tensor.layout == torch.strided
+    )

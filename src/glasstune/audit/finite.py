@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glasstune.audit.calls import in_backward
+from glasstune.audit.calls import Memory, in_backward, memory_of
 from glasstune.audit.norms import dense
 from glasstune.core.findings import Finding
 
@@ -59,7 +59,7 @@ class OutputWatch:
         self.forward: list[tuple[str, Tensor]] = []
         self.backward: list[tuple[str, Tensor]] = []
         self.muted = False
-        self._last: tuple[int, int, int] | None = None
+        self._last: tuple[Memory, int, int] | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def look(self, path: str, output: Tensor) -> None:
@@ -67,10 +67,11 @@ class OutputWatch:
         if self.muted or not output.numel() or output.layout != torch.strided:
             return
         number = -1 if output.grad_fn is None else output.grad_fn._sequence_nr()
-        key = (output.data_ptr(), output.numel(), number)
-        if key == self._last:
+        (memory,) = memory_of([output])
+        last = self._last
+        if last and (last[0].cdata, *last[1:]) == (memory.cdata, output.numel(), number):
             return
-        self._last = key
+        self._last = (memory, output.numel(), number)
         if not in_backward():
             self.forward.append((path, _extremes(output)))
         if output.requires_grad:
@@ -93,9 +94,7 @@ class OutputWatch:
 
 def _extremes(tensor: Tensor) -> Tensor:
     """Smallest and largest entry, [2]; NaN where there is one."""
-    plain = dense(tensor)
-    plain = plain.float() if plain.itemsize == 1 else plain  # float8 has no such kernel
-    return torch.stack(torch.aminmax(plain))
+    return torch.stack(torch.aminmax(dense(tensor)))
 
 
 def whole_story(

@@ -124,7 +124,9 @@ class Session:
             and watched.reached_at_all() is not True
         ]
         for key, broken in find_breaks(self.log.events, dead, loss_nodes).items():
-            self.watched[key].broken = broken
+            held = self.watched[key].broken
+            if broken.last is not None or held is None:
+                self.watched[key].broken = broken
         self._analysed = True
         self.log.forget_graph()
 
