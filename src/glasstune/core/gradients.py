@@ -256,6 +256,8 @@ def shares(gram: Gram, weights: Sequence[float]) -> list[float | None]:
         K numbers that sum to 1, or K times None where the weighted sum is zero (also where terms
         cancel to less than float64 resolves) or not finite.
     """
+    if not all(math.isfinite(entry) for row in gram for entry in row):
+        return [None] * len(gram)  # fsum raises on Inf - Inf
     parts = [
         weight * math.fsum(entry * other for entry, other in zip(row, weights, strict=True))
         for weight, row in zip(weights, gram, strict=True)
