@@ -168,6 +168,25 @@ def test_reentrant_checkpointing_that_works() -> None:
     assert audit.report.sum_check < 1e-6
 
 
+@pytest.mark.parametrize("with_terms", [True, False])
+def test_lost_inside_a_reentrant_region(with_terms: bool) -> None:
+    class Loses(Reentrant):
+        def block(self, x, layer):
+            return x + (layer(x).detach() if layer is self.layers[1] else layer(x))
+
+    model = Loses(needs_input_grad=True)
+    with GradientAudit(model) as audit:
+        output = model(IDS)
+        loss = output.square().sum()
+        if with_terms:
+            audit.terms({"square": (1.0, loss)})
+        loss.backward()
+    assert reason(audit.report, "layers.1.weight") == (
+        "none", "lost_in_reentrant_checkpoint", "layers.1",
+    )  # fmt: skip
+    others_are_ok(audit.report, "layers.1", "embed")
+
+
 def test_inside_reentrant_checkpointing_it_is_unknown_until_a_backward() -> None:
     model = Reentrant(needs_input_grad=True)
     with GradientAudit(model) as audit:

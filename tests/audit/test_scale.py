@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from glasstune.audit import norms
 from glasstune.audit.gradient_audit import GradientAudit
 
 WIDTH, RANK, LAYERS = 48, 24, 32
@@ -132,3 +133,28 @@ def test_224_reasons_are_one_finding(detached: int) -> None:
     errors = [finding for finding in audit.report.findings if finding.severity == "error"]
     assert len(errors) == 1
     assert f"{detached * 14} parameters" in errors[0].message
+
+
+def test_a_gpu_gives_the_same_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is none, the road that a GPU's tensors take is at least taken on the CPU."""
+    other = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def report(device: str):
+        model, x = Model().to(device), torch.ones(2, WIDTH, device=device)
+        torch.manual_seed(0)
+        with GradientAudit(model) as audit:
+            y = model(x)
+            terms = {"a": (1.0, y.square().mean()), "b": (torch.tensor(0.5), y.sum())}
+            audit.combine(terms).backward()
+        return audit
+
+    here = report("cpu")
+    monkeypatch.setattr(norms, "_quick", lambda part: None)
+    there = report(other)
+    assert there.report.sum_check < 1e-5
+    torch.testing.assert_close(there.gram("layers.3"), here.gram("layers.3"), rtol=1e-3, atol=1e-6)
+    for ours, theirs in zip(here.report.parameters, there.report.parameters, strict=True):
+        assert theirs.status == ours.status
+        if ours.grad_after is not None:
+            assert theirs.grad_after.norm == pytest.approx(ours.grad_after.norm, rel=1e-3)
+        assert theirs.value.norm == pytest.approx(ours.value.norm, rel=1e-6)

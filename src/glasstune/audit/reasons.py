@@ -121,9 +121,15 @@ def _about_the_calls(model: nn.Module, log: CallLog, e: Evidence) -> Reason | No
     if any(calls.with_grad for _, calls in called) or used:
         return _another_tensor(called, e)
     path, calls = called[0]
-    if any(c.recomputed for _, c in called):
-        return None
     if any(c.reentrant for _, c in called):
+        if any(c.recomputed for _, c in called):
+            return Reason(
+                "lost_in_reentrant_checkpoint",
+                "its module was recomputed inside reentrant checkpointing, but its gradient was "
+                "lost in that region, where the audit cannot see; use use_reentrant=False to see",
+                path,
+                calls.no_grad_line,
+            )
         if e.reached == "unknown" and not e.backward:
             return Reason(
                 "inside_reentrant_checkpoint",
