@@ -696,3 +696,16 @@ def test_calls_of_past_micro_batches_are_forgotten() -> None:
         for _ in range(6):
             model(IDS).sum().backward()
         assert len(audit._session.log.events) <= 6
+
+
+def test_unfrozen_inside_and_used_without_a_call() -> None:
+    model = Net()
+    model.scale = nn.Parameter(torch.ones(4), requires_grad=False)
+    with GradientAudit(model) as audit:
+        output = model(IDS)
+        model.scale.requires_grad_(True)
+        audit.combine(weighted(output * model.scale, WEIGHTS)).backward()
+    row = audit.report["scale"]
+    assert row.status == "ok"
+    assert row.increment.norm == pytest.approx(model.scale.grad.norm().item())
+    assert audit.report.sum_check < 1e-6
