@@ -145,8 +145,9 @@ def test_a_none_has_its_reason_in_the_record_and_in_the_refusal(tmp_path: Path) 
     dead = [row for row in record["parameters"] if row["status"] == "none"]
     assert len(dead) == 2
     assert dead[0]["reason"]["text"] in caught.value.message
-    assert dead[0]["reason"]["code"] == "detached"
-    assert dead[0]["reason"]["module"].startswith(LAYER)
+    # The hook cuts inside the adapted layer: what B gave leads nowhere.
+    assert dead[0]["reason"]["code"] == "leads_to_no_loss"
+    assert dead[0]["reason"]["module"] == f"{LAYER}.self_attn.q_proj.lora_B.default"
 
 
 def test_a_switched_off_adapter_is_the_reason(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ class GlasstuneCallback(TrainerCallback):
         self._updates = 0
         self._zeros = 0
         self._skip = False
+        self._compiled = False
 
     def first_in(self, trainer: Trainer) -> GlasstuneCallback:
         """Moves the callback before those that report to TensorBoard, W&B and the like.
@@ -178,6 +179,8 @@ class GlasstuneCallback(TrainerCallback):
         }
         refuse_hidden_gradients(args, parameters, optimizer)
         self.findings = []
+        # Then no hook of the model runs: what happens inside is seen from the loss and `.grad`.
+        self._compiled = bool(args.torch_compile)
         self._names = list(parameters)
         self._window, self._updates = {}, 0
         if not parameters:
@@ -188,7 +191,9 @@ class GlasstuneCallback(TrainerCallback):
             supersede(path, state.global_step)
         self._watch = GradientWatch(model, parameters, self._backward_ended)
         if self.first_step_gate != "off":
-            self._gate = FirstStepGate(model, self.first_step_gate, self.gate_allow)
+            self._gate = FirstStepGate(
+                model, self.first_step_gate, self.gate_allow, calls_seen=not self._compiled
+            )
 
     def on_step_begin(
         self,
@@ -211,8 +216,9 @@ class GlasstuneCallback(TrainerCallback):
 
     def hear(self, terms: Mapping[str, tuple[float, Tensor]]) -> None:
         """Takes the terms of a micro-batch from `term_loss`, before its backward."""
-        if self._watch is None or not self._watch.take_forward():
+        if self._watch is None or not (self._watch.take_forward() or self._compiled):
             return  # another Trainer's loss, after this one's training broke off
+        self._watch.follow([value for _, value in terms.values()])
         for name, (weight, value) in terms.items():
             self._weights[name] = weight
             before = self._sums.get(name)

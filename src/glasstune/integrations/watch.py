@@ -8,7 +8,7 @@ fires as a backward begins and asks autograd to call back when it has ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,11 @@ class GradientWatch:
         loss = output.get("loss") if isinstance(output, Mapping) else None
         if isinstance(loss, Tensor) and loss.dim() == 0:
             self.losses.append(loss.detach())
-        for tensor in tensors_in(output):
+        self.follow(tensors_in(output))
+
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """Takes the arrival of a gradient at any of these as the beginning of a backward."""
+        for tensor in tensors:
             if tensor.requires_grad:
                 tensor.register_hook(self._begun)  # type: ignore[no-untyped-call]
 
