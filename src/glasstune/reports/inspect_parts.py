@@ -32,8 +32,11 @@ def all_findings(record: Json) -> list[dict[str, Any]]:
         sources.append(("quantisation error", record["error"]["findings"]))
     for label, findings in sources:
         for finding in findings:
-            key = tuple(str(value) for value in finding.values())
-            entry = found.setdefault(key, {**finding, "labels": []})
+            shown = {**finding}
+            if label and shown["where"].startswith("bits="):
+                shown["where"] = ""  # the label says it, and equal findings become one
+            key = tuple(str(value) for value in shown.values())
+            entry = found.setdefault(key, {**shown, "labels": []})
             if label:
                 entry["labels"].append(label)
     return worst_first(found.values())
