@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from runs import QuietProgress, missing
 from tiny import save_tiny_model
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives the tests a cache of their own, in which expanded GGUF files are the user's."""
+    usual = Path(os.environ.get("GLASSTUNE_CACHE") or Path.home() / ".cache" / "glasstune")
+    (usual / "gguf").mkdir(parents=True, exist_ok=True)
+    own = tempfile.mkdtemp(prefix="glasstune-tests-")
+    Path(own, "gguf").symlink_to(usual / "gguf", target_is_directory=True)
+    os.environ["GLASSTUNE_CACHE"] = own
+    config.add_cleanup(lambda: shutil.rmtree(own, ignore_errors=True))
+    config.add_cleanup(lambda: os.environ.update(GLASSTUNE_CACHE=str(usual)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,9 +15,9 @@ from glasstune.data.encode import Encoded, encode_examples, encode_prompt
 from glasstune.data.errors import RowError
 from glasstune.data.formats import Example
 from glasstune.data.packing import PackedSet
-from glasstune.data.prepare import cut
 from glasstune.data.template import ChatTemplate, resolve_template
 from glasstune.data.tokenizer import begin_ids, load_tokenizer, pad_id
+from glasstune.data.work import cut
 
 
 def one(template: ChatTemplate, example: Example, train_on: Any = "assistant") -> Encoded:

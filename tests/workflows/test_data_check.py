@@ -38,6 +38,7 @@ def test_data_command_counts_and_shows(tiny_llama, qa_file, tmp_path, capsys):
     assert record["rows"] == 60
     assert set(record) == {
         "rows", "kept", "dropped", "tokens", "trained_tokens", "lengths", "by_source", "findings",
+        "policies", "cut", "duplicates", "scripts", "held_out", "fingerprint",
     }  # fmt: skip
     assert "trained | " in err
     assert "It is" in err

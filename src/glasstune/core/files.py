@@ -118,6 +118,11 @@ def _existing_parent(path: Path) -> Path:
     return Path("/")
 
 
+def cache_folder() -> Path:
+    """Returns where things made once are kept: `GLASSTUNE_CACHE`, else `~/.cache/glasstune`."""
+    return Path(os.environ.get("GLASSTUNE_CACHE") or Path.home() / ".cache" / "glasstune")
+
+
 def sha256_file(path: Path) -> str:
     """Returns the hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:

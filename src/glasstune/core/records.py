@@ -19,7 +19,24 @@ class Record:
 
 @dataclass(slots=True)
 class DataRecord(Record):
-    """Result of the data check."""
+    """Result of the data check; every row is kept or dropped.
+
+    Args:
+        rows: Rows read.
+        kept: Rows that are trained or held out, before any repetition.
+        dropped: Rows left out, by reason.
+        tokens: Tokens of the kept rows.
+        trained_tokens: Those that the loss sees.
+        lengths: Tokens of a kept row: p50, p95, max.
+        by_source: rows, kept, tokens and trained_tokens of each source.
+        findings: What was seen, errors first.
+        policies: The settings truncation, on_error and duplicates.
+        cut: Rows whose answer was cut at max_length.
+        duplicates: Training rows whose text an earlier row has, dropped or kept.
+        scripts: Share of the letters by script, for example Latin and Han.
+        held_out: Rows that validate.
+        fingerprint: SHA-256 of the set that is trained and of its validation rows.
+    """
 
     rows: int
     kept: int
@@ -29,6 +46,12 @@ class DataRecord(Record):
     lengths: dict[str, int]
     by_source: dict[str, dict[str, int]]
     findings: list[Finding] = field(default_factory=list)
+    policies: dict[str, str] = field(default_factory=dict)
+    cut: int = 0
+    duplicates: int = 0
+    scripts: dict[str, float] = field(default_factory=dict)
+    held_out: int = 0
+    fingerprint: str = ""
 
 
 StoppedBy = Literal["done", "signal", "gate", "early_stopping"]

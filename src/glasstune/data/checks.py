@@ -1,26 +1,106 @@
-"""What the data check says beyond bad rows: findings about template, cuts, overlap and tokens."""
+"""What the data check says beyond bad rows, row by row."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from glasstune.core.batch import Document
-from glasstune.core.findings import Finding
+from glasstune.core.batch import IGNORED
 from glasstune.data.encode import Encoded
 from glasstune.data.formats import Example
-from glasstune.data.ledger import Ledger
-from glasstune.data.read import ReadStats
+from glasstune.data.tally import Tally
 from glasstune.data.template import ChatTemplate
+from glasstune.data.texts import mojibake
 from glasstune.data.tokenizer import end_id
 
 
-def note_row(ledger: Ledger, origin: str, row: Encoded) -> None:
+@dataclass(frozen=True, slots=True)
+class RowFacts:
+    """What rows are compared with.
+
+    Args:
+        ends: Ids at which an answer may end; empty where the tokenizer has none.
+        begin: The begin token's id, or None.
+        unknown: The unknown token's id, or None.
+        unknown_text: The unknown token itself, which a text may hold on purpose.
+        kind: Of the template.
+    """
+
+    ends: frozenset[int]
+    begin: int | None
+    unknown: int | None
+    unknown_text: str
+    kind: str
+
+    @classmethod
+    def of(cls, template: ChatTemplate) -> RowFacts:
+        """Reads them from a template and its tokenizer."""
+        tokenizer = template.tokenizer
+        ends, unknown = frozenset(template.stop_ids), tokenizer.unk_token_id
+        # Where the unknown token is the end token as well (GPT-2), it says nothing.
+        plain = isinstance(unknown, int) and unknown not in ends
+        begin = tokenizer.bos_token_id
+        return cls(
+            ends,
+            begin if isinstance(begin, int) else None,
+            unknown if plain else None,
+            str(tokenizer.unk_token),
+            template.kind,
+        )
+
+    def note(self, tally: Tally, example: Example, row: Encoded, *, whole: bool) -> None:
+        """Notes what a row's tokens show.
+
+        Args:
+            tally: The counts.
+            example: The row's texts.
+            row: Its tokens, cut where it was too long.
+            whole: Whether it was not cut.
+        """
+        note_row(tally, example.origin, row)
+        note_answer(tally, example)
+        if example.kind != "text" and self.kind == "jinja":
+            tally.count("chats")
+            if not any(message["role"] == "system" for message in example.messages):
+                tally.count("without_system")
+        if row.ids[:2] == [self.begin] * 2:
+            tally.note(
+                "double_bos",
+                "warning",
+                example.origin,
+                "{count} rows start with two begin tokens",
+                "take the begin token out of the chat template or of the texts; one is enough",
+            )
+        if whole and self.ends and self.kind != "baichuan2" and _last(row) not in self.ends:
+            tally.note(
+                "end_not_trained",
+                "warning",
+                example.origin,
+                "{count} rows do not train an end token, so they do not teach the model to stop",
+                "use a chat template that closes each answer (data.chat_template: chatml, or FILE)",
+            )
+        if self.unknown in row.ids and not any(
+            self.unknown_text in text for text in example.texts()
+        ):
+            tally.note(
+                "unknown_tokens",
+                "warning",
+                example.origin,
+                "{count} rows hold characters that the tokenizer maps to its unknown token "
+                f"({self.unknown_text}): their text is lost",
+                "use a model whose tokenizer knows the script, or take the characters out",
+            )
+
+
+def _last(row: Encoded) -> int:
+    return next((label for label in reversed(row.labels) if label != IGNORED), IGNORED)
+
+
+def note_row(tally: Tally, origin: str, row: Encoded) -> None:
     """Notes what encoding a row showed."""
     if row.drifted:
-        ledger.note(
+        tally.note(
             "template_drift",
             "warning",
             origin,
@@ -31,7 +111,7 @@ def note_row(ledger: Ledger, origin: str, row: Encoded) -> None:
             "(Qwen3), data.train_on: last_assistant",
         )
     if row.split:
-        ledger.note(
+        tally.note(
             "answer_tokenised_apart",
             "info",
             origin,
@@ -39,7 +119,7 @@ def note_row(ledger: Ledger, origin: str, row: Encoded) -> None:
             "prompt; they are tokenised apart, so that the prompt's ids are those of generation",
         )
     if row.silent_tools:
-        ledger.note(
+        tally.note(
             "tools_not_rendered",
             "warning",
             origin,
@@ -48,12 +128,12 @@ def note_row(ledger: Ledger, origin: str, row: Encoded) -> None:
         )
 
 
-def note_answer(ledger: Ledger, example: Example) -> None:
+def note_answer(tally: Tally, example: Example) -> None:
     """Notes an answer without a letter: an empty cell of a table looks like a meant one."""
     last = example.messages[-1] if example.messages else {}
     text = example.completion if example.kind == "pair" else last.get("content")
     if example.kind != "text" and not last.get("tool_calls") and not str(text or "").strip():
-        ledger.note(
+        tally.note(
             "empty_answer",
             "warning",
             example.origin,
@@ -62,9 +142,9 @@ def note_answer(ledger: Ledger, example: Example) -> None:
         )
 
 
-def note_cut(ledger: Ledger, origin: str, length: int, limit: int) -> None:
+def note_cut(tally: Tally, origin: str, length: int, limit: int) -> None:
     """Notes a row that was cut."""
-    ledger.note(
+    tally.note(
         "cut",
         "warning",
         origin,
@@ -74,99 +154,51 @@ def note_cut(ledger: Ledger, origin: str, length: int, limit: int) -> None:
     )
 
 
-def note_overlap(
-    ledger: Ledger, pairs: Sequence[tuple[Document, bytes]], border: int, training: set[bytes]
-) -> None:
-    """Notes validation rows whose text is also trained.
+def drop_untrained(tally: Tally, origin: str) -> None:
+    """Counts a row that the loss would see nothing of."""
+    tally.drop("no_trained_tokens")
+    tally.note(
+        "no_trained_tokens",
+        "warning",
+        origin,
+        "{count} rows have no trained token (the answer is cut off or missing) and are left out",
+        "raise data.max_length, or look at these rows",
+    )
+
+
+def note_texts(tally: Tally, origin: str, texts: Sequence[str], control: re.Pattern[str]) -> None:
+    """Notes control tokens and traces of a wrong encoding in a row's texts.
 
     Args:
-        ledger: The books.
-        pairs: All documents with their text keys.
-        border: First source index of the validation files.
-        training: Text keys of the training rows.
+        tally: The counts.
+        origin: The row.
+        texts: Its texts.
+        control: Pattern of the tokenizer's added and special tokens.
     """
-    for document, key in pairs:
-        if document.source >= border and key in training:
-            ledger.note(
-                "validation_overlap",
+    for text in texts:
+        if found := control.search(text):
+            tally.note(
+                "control_token_in_text",
                 "warning",
-                document.origin,
-                "{count} validation rows have the text of a training row, so the held-out loss is "
-                "too good",
-                "take them out of one side",
+                origin,
+                f"the texts of {{count}} rows hold control tokens (the first: "
+                f"{found.group()!r}), which the tokenizer reads as such",
+                "remove them from the rows, unless they are meant",
             )
+            break
+    for text in texts:
+        if wrong := mojibake(text):
+            tally.note(
+                "mojibake",
+                "warning",
+                origin,
+                f"the texts of {{count}} rows were read in a wrong encoding once (the first holds "
+                f"{wrong!r})",
+                "make the file again from its source with the right encoding",
+            )
+            break
 
 
-def report(
-    ledger: Ledger, stats: ReadStats, template: ChatTemplate, seen_ids: NDArray[np.bool_]
-) -> None:
-    """Adds the findings that concern the whole data set."""
-    for path, count in stats.blank_lines.items():
-        message = f"{count} blank lines were passed over"
-        ledger.findings.append(Finding("blank_lines", "info", path, message))
-    where = f"chat template ({template.name})"
-    if template.pinned_date is not None:
-        ledger.findings.append(
-            Finding(
-                "template_reads_clock",
-                "warning",
-                where,
-                f"the template writes today's date; it is pinned to {template.pinned_date}, so "
-                "that a resume and generation see the same ids",
-                "another date: data.chat_template_kwargs {pinned_date: ...} or the template's own "
-                "variable (Llama 3: date_string)",
-            )
-        )
-    if template.kind == "jinja" and not template.traits.has_generation_prompt:
-        ledger.findings.append(
-            Finding(
-                "no_generation_prompt",
-                "warning",
-                where,
-                "the template ignores add_generation_prompt, so the header of the assistant's turn "
-                "is trained and generated as part of the answer",
-                "give a template that knows add_generation_prompt (data.chat_template: FILE)",
-            )
-        )
-    if end_id(template.tokenizer) is None and not template.traits.end_tokens:
-        ledger.findings.append(
-            Finding(
-                "no_end_token",
-                "warning",
-                "tokenizer",
-                "the tokenizer has no end token, so no answer ends: the model will not stop",
-                "set eos_token in its tokenizer_config.json",
-            )
-        )
-    _own_tokens(ledger, template, seen_ids)
-
-
-def _own_tokens(ledger: Ledger, template: ChatTemplate, seen_ids: NDArray[np.bool_]) -> None:
-    """Names added tokens of the data that neither the template nor the tokenizer's roles use.
-
-    Such tokens are most likely the user's own, with embedding rows that nobody has trained; LoRA
-    on the linear layers leaves those rows as they are.
-    """
-    tokenizer = template.tokenizer
-    named = {str(value) for value in tokenizer.special_tokens_map.values()}
-    used = [
-        (token, index)
-        for token, index in sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])
-        if index < len(seen_ids)
-        and seen_ids[index]
-        and token not in named
-        and not any(token in source for source in template.source)
-    ]
-    if used:
-        listed = ", ".join(f"{token!r} ({index})" for token, index in used[:10])
-        ledger.findings.append(
-            Finding(
-                "added_tokens_used",
-                "warning",
-                "tokenizer",
-                f"the data uses {len(used)} added tokens: {listed}; LoRA does not train their "
-                "embedding rows",
-                "where they are new, train their rows: adapter.trainable_token_indices: "
-                f"{[index for _, index in used[:10]]}",
-            )
-        )
+def end_missing(template: ChatTemplate) -> bool:
+    """Tells whether no answer can end: neither tokenizer nor template has an end token."""
+    return end_id(template.tokenizer) is None and not template.traits.end_tokens

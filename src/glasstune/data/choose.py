@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glasstune.core.choices import Choices
 from glasstune.core.config import DataConfig, SourceConfig
@@ -20,9 +20,10 @@ from glasstune.data.formats import (
     refuse_preference,
     to_example,
 )
+from glasstune.data.hub import load_hub
 from glasstune.data.named import NAMES
-from glasstune.data.read import BadRow, RawRow, ReadStats
-from glasstune.data.sources import read_source
+from glasstune.data.read import BadRow, RawRow, ReadStats, read_rows
+from glasstune.data.sources import hub_rows, python_rows, source_files
 from glasstune.data.template import ChatTemplate, resolve_template
 
 if TYPE_CHECKING:
@@ -40,26 +41,47 @@ class OpenSource:
         config: Its settings.
         name: Its name in records.
         format: The shape of its rows.
-        rows: All its rows.
         first: The first whole row.
+        files: Its files, or None.
+        table: The hub's data set, or None.
     """
 
     config: SourceConfig
     name: str
     format: Format
-    rows: Iterator[RawRow | BadRow]
     first: RawRow
+    files: list[Path] | None = None
+    table: Any = None
+
+    def rows(self, stats: ReadStats) -> Iterator[RawRow | BadRow]:
+        """Reads all rows from the start.
+
+        Raises:
+            InputError: One of the reader's own errors.
+        """
+        if self.config.rows is not None:
+            yield from python_rows(self.config.rows)
+        elif self.table is not None:
+            yield from hub_rows(self.table, self.config)
+        for path in self.files or ():
+            yield from read_rows(path, stats)
 
 
-def open_source(config: SourceConfig, name: str, base_folder: Path, stats: ReadStats) -> OpenSource:
+def open_source(config: SourceConfig, name: str, base_folder: Path) -> OpenSource:
     """Opens a source and finds its format.
 
     Raises:
         InputError: No such file, no row, no known format, or a mapping that names no key.
     """
-    rows: Iterable[RawRow | BadRow] = read_source(config, base_folder, stats)
-    rows = iter(rows)
-    head = list(islice(rows, _PEEK))
+    files, table = None, None
+    if config.rows is None:
+        files = source_files(config, base_folder)
+        if files is None:
+            table = load_hub(config.path, config.subset, config.split)
+    source = OpenSource(config, name, "text", RawRow({}, ""), files, table)
+    reading = source.rows(ReadStats())
+    head = list(islice(reading, _PEEK))
+    reading.close()  # type: ignore[attr-defined]
     whole = [row for row in head if isinstance(row, RawRow)]
     if not whole:
         bad = next((row for row in head if isinstance(row, BadRow)), None)
@@ -69,14 +91,15 @@ def open_source(config: SourceConfig, name: str, base_folder: Path, stats: ReadS
             where=bad.origin if bad else config.path,
             fix="give a file with rows: a JSON array, JSONL, CSV, TSV or Parquet",
         )
+    source.first = whole[0]
     values = [row.value for row in whole]
     if config.format == "auto":
-        found = detect_format(values, config.columns, whole[0].origin)
+        source.format = detect_format(values, config.columns, whole[0].origin)
     else:
-        found = config.format
-        check_columns(config.columns, found, f"data source {name}")
+        source.format = config.format
+        check_columns(config.columns, source.format, f"data source {name}")
         refuse_preference(values[0], config.columns, whole[0].origin)
-    return OpenSource(config, name, found, chain(head, rows), whole[0])
+    return source
 
 
 def choose_template(

@@ -122,12 +122,27 @@ def refuse_preference(row: Mapping[str, Any], columns: Mapping[str, str], where:
     if "chosen" in row and "rejected" in row and not columns:
         raise InputError(
             "preference_data",
-            "these are preference pairs (chosen and rejected answers) for DPO-like training, which "
-            "Glasstune does not do",
+            "these are preference pairs: each row holds a chosen and a rejected answer to one "
+            "prompt, for a preference loss such as DPO, which Glasstune does not have yet",
             where=where,
             fix="to train on the chosen answers alone, map them, for example "
-            "{prompt: question, completion: chosen}",
+            f"{{prompt: {_prompt_key(row)}, completion: {_answer_path(row)}}}",
         )
+
+
+def _prompt_key(row: Mapping[str, Any]) -> str:
+    """Returns a path to a preference row's prompt, for the hint."""
+    turns = row.get("conversations")
+    if isinstance(turns, list) and len(turns) == 1 and isinstance(turns[0], Mapping):
+        return "conversations.0." + ("value" if "value" in turns[0] else "content")
+    return next((key for key in ("prompt", "question", "instruction") if key in row), "question")
+
+
+def _answer_path(row: Mapping[str, Any]) -> str:
+    chosen = row["chosen"]
+    if isinstance(chosen, Mapping):
+        return "chosen.value" if "value" in chosen else "chosen.content"
+    return "chosen"
 
 
 def check_columns(columns: Mapping[str, str], name: Format, where: str) -> None:

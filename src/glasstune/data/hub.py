@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from glasstune.core.errors import InputError
-from glasstune.data.read import RawRow
 
 
-def read_hub(name: str, subset: str | None, split: str) -> Iterator[RawRow]:
-    """Reads one split of a hub data set.
+def load_hub(name: str, subset: str | None, split: str) -> Any:
+    """Loads one split of a hub data set, in `datasets`' own cache on disk.
 
     Args:
         name: Hub id, `owner/name`.
         subset: Configuration name, or None.
         split: Split, in the slicing syntax of `datasets` where wanted.
 
-    Yields:
-        Rows; their origin is `name/split[row]`, 0-based.
+    Returns:
+        A `datasets.Dataset`.
 
     Raises:
         InputError: The data set cannot be had; says whether it is the network, the name, the
@@ -27,11 +25,9 @@ def read_hub(name: str, subset: str | None, split: str) -> Iterator[RawRow]:
     import datasets
 
     try:
-        table: Any = datasets.load_dataset(name, subset, split=split)
+        return datasets.load_dataset(name, subset, split=split)
     except Exception as error:
         raise _explain(error, name, subset, split) from error
-    for number, value in enumerate(table):
-        yield RawRow(dict(value), f"{name}/{split}[{number}]")
 
 
 def _explain(error: Exception, name: str, subset: str | None, split: str) -> InputError:

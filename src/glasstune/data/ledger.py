@@ -1,6 +1,7 @@
 """What happened to the rows: kept, dropped and why, tokens, findings.
 
-Errors of rows are collected, so that a user sees several at once and not one a run.
+Alike bad rows are one entry with their number and the first few places, so that a user sees
+everything that is wrong at once.
 """
 
 from __future__ import annotations
@@ -12,26 +13,15 @@ from typing import Literal
 
 import numpy as np
 
-from glasstune.core.batch import Document
 from glasstune.core.errors import InputError
-from glasstune.core.findings import Finding, Severity
+from glasstune.core.findings import Finding
 from glasstune.core.records import DataRecord
-from glasstune.data.errors import RowError
+from glasstune.data.documents import StoredDocuments
+from glasstune.data.tally import Note, Tally
+from glasstune.data.texts import shares
 
-ERROR_CAP = 50
-"""Row errors after which the rest of the data is not read."""
 _SHOWN = 8
-
-
-@dataclass(slots=True)
-class _Seen:
-    """Rows that share an observation."""
-
-    severity: Severity
-    message: str
-    fix: str
-    where: str
-    count: int = 0
+_ORDER = {"error": 0, "warning": 1, "info": 2}
 
 
 @dataclass
@@ -41,112 +31,132 @@ class Ledger:
     Args:
         names: All sources, in order.
         on_error: Whether a bad row stops the run or is counted.
+        tallies: What the rows of each source showed.
+        findings: About the data as a whole.
+        removed: Rows left out for what other rows hold (duplicates), per source.
     """
 
     names: Sequence[str]
     on_error: Literal["stop", "skip"]
-    rows: Counter[int] = field(default_factory=Counter)
-    dropped: list[Counter[str]] = field(default_factory=list)
-    errors: list[tuple[str, RowError]] = field(default_factory=list)
+    tallies: list[Tally] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
-    _seen: dict[str, _Seen] = field(default_factory=dict)
+    removed: Counter[int] = field(default_factory=Counter)
 
-    def __post_init__(self) -> None:
-        self.dropped = [Counter() for _ in self.names]
+    def merged(self) -> Tally:
+        """Returns the tally of all sources."""
+        whole = Tally()
+        for tally in self.tallies:
+            whole.merge(tally)
+        return whole
 
-    def bad_row(self, source: int, origin: str, error: RowError) -> None:
-        """Notes a bad row.
-
-        Raises:
-            InputError: The cap is reached and `on_error` is stop.
-        """
-        self.dropped[source][error.code] += 1
-        if len(self.errors) < ERROR_CAP:
-            self.errors.append((origin, error))
-        if self.on_error == "stop" and len(self.errors) >= ERROR_CAP:
-            self.raise_errors()
-
-    def drop(self, source: int, reason: str) -> None:
-        """Counts a row that is left out without being wrong."""
-        self.dropped[source][reason] += 1
-
-    def note(self, code: str, severity: Severity, where: str, message: str, fix: str = "") -> None:
-        """Notes an observation of one row; equal codes become one finding with their number.
-
-        Args:
-            code: A stable name in snake case.
-            severity: As in `Finding`.
-            where: The row; the first one is shown.
-            message: May hold `{count}`.
-            fix: What to do.
-        """
-        seen = self._seen.setdefault(code, _Seen(severity, message, fix, where))
-        seen.count += 1
+    def errors(self) -> list[Note]:
+        """Returns what stops a run, bad rows first."""
+        whole = self.merged()
+        bad = list(whole.bad.values()) if self.on_error == "stop" else []
+        return bad + [note for note in whole.notes.values() if note.severity == "error"]
 
     def raise_errors(self) -> None:
-        """Raises the collected row errors as one.
+        """Raises what stops a run as one error.
 
         Raises:
-            InputError: There are any and `on_error` is stop.
+            InputError: There is something.
         """
-        if self.on_error == "skip" or not self.errors:
+        notes = self.errors()
+        if not notes:
             return
-        origin, first = self.errors[0]
-        if len(self.errors) == 1:
+        first = notes[0]
+        count = sum(note.count for note in notes)
+        where = first.places[0]
+        if count == 1:
             raise InputError(
                 first.code,
-                first.message,
-                where=origin,
+                first.text(),
+                where=where,
                 fix=first.fix or "correct the row, or set data.on_error: skip to leave it out",
             )
-        codes = {error.code for _, error in self.errors}
-        count = f"{len(self.errors)}" + (" or more" if len(self.errors) >= ERROR_CAP else "")
-        lines = [f"{place}: {error.message}" for place, error in self.errors[1:_SHOWN]]
-        more = len(self.errors) - len(lines) - 1
-        tail = [f"and {more} more"] if more > 0 else []
+        lines = [f"{note.places[0]}: {note.text()}" for note in notes[1:_SHOWN]]
+        more = len(notes) - len(lines) - 1
+        tail = [f"and {more} more kinds of faults"] if more > 0 else []
+        total = f" ({count:,} bad rows in all)" if len(notes) > 1 else ""
         raise InputError(
-            first.code if len(codes) == 1 else "bad_rows",
-            "\n  ".join([f"{first.message} ({count} bad rows in all)", *lines, *tail]),
-            where=origin,
+            first.code if len({note.code for note in notes}) == 1 else "bad_rows",
+            "\n  ".join([first.text() + total, *lines, *tail]),
+            where=where,
             fix=first.fix or "correct the rows, or set data.on_error: skip to leave them out",
         )
 
-    def all_findings(self) -> list[Finding]:
-        """Returns all findings, those of rows with their number."""
-        dropped = sum(self.dropped, Counter[str]())
-        found = list(self.findings)
-        for code, seen in self._seen.items():
-            message = seen.message.replace("{count}", str(seen.count))
-            found.append(Finding(code, seen.severity, seen.where, message, seen.fix))
-        if self.on_error == "skip":
-            for code in dict.fromkeys(error.code for _, error in self.errors):
-                origin, error = next(pair for pair in self.errors if pair[1].code == code)
-                message = f"{dropped[code]} rows skipped; the first: {error.message}"
-                found.append(Finding(code, "warning", origin, message, error.fix))
-        return found
+    def dropped(self) -> dict[str, int]:
+        """Returns rows that were left out, by reason."""
+        counts = dict(self.merged().dropped)
+        if self.removed:
+            counts["duplicate"] = sum(self.removed.values())
+        return counts
 
-    def record(self, documents: Sequence[Document]) -> DataRecord:
+    def nothing_left(self) -> InputError:
+        """Returns the error for data of which no row can be trained."""
+        listed = ", ".join(f"{count} {reason}" for reason, count in self.dropped().items())
+        bad = next(iter(self.merged().bad.values()), None)
+        first = f"; the first: {bad.places[0]}: {bad.message}" if bad else ""
+        return InputError(
+            "no_training_rows",
+            f"no row is left to train ({listed or 'no rows'}){first}",
+            where="data.sources",
+            fix="raise data.max_length where rows are too long, or correct the rows",
+        )
+
+    def all_findings(self) -> list[Finding]:
+        """Returns all findings, errors first, those of rows with their number."""
+        whole = self.merged()
+        found = list(self.findings)
+        for path, count in whole.blank.items():
+            message = f"{count} blank lines were passed over"
+            found.append(Finding("blank_lines", "info", path, message))
+        found += [note.finding() for note in whole.notes.values()]
+        for note in whole.bad.values():
+            if self.on_error == "stop":
+                found.append(note.finding())
+            else:
+                skipped = Note(
+                    note.code,
+                    "warning",
+                    f"{{count}} rows skipped; the first: {note.message}",
+                    note.fix,
+                    note.count,
+                    note.places,
+                )
+                found.append(skipped.finding())
+        return sorted(found, key=lambda finding: _ORDER[finding.severity])
+
+    def record(
+        self, documents: StoredDocuments, policies: dict[str, str], duplicates: int
+    ) -> DataRecord:
         """Returns the record of the data check.
 
         Args:
             documents: All kept documents, training and validation, before repetition.
+            policies: The settings that say what becomes of rows that do not fit.
+            duplicates: Training rows whose text another row has, too.
         """
-        lengths = np.asarray([len(document) for document in documents] or [0])
+        whole = self.merged()
+        lengths = documents.lengths if len(documents) else np.zeros(1, dtype=np.int32)
         by_source: dict[str, dict[str, int]] = {}
         for index, name in enumerate(self.names):
-            own = [document for document in documents if document.source == index]
+            own = documents.sources == index
             by_source[name] = {
-                "rows": self.rows[index],
-                "kept": len(own),
-                "tokens": sum(len(document) for document in own),
-                "trained_tokens": sum(document.trained_tokens for document in own),
+                "rows": self.tallies[index].rows,
+                "kept": int(own.sum()),
+                "tokens": int(documents.lengths[own].sum(dtype=np.int64)),
+                "trained_tokens": int(documents.trained[own].sum(dtype=np.int64)),
             }
+        dropped = self.dropped()
+        if whole.rows != len(documents) + sum(dropped.values()):
+            raise RuntimeError(f"{whole.rows} rows, {len(documents)} kept, dropped {dropped}")
         return DataRecord(
-            rows=sum(self.rows.values()),
+            rows=whole.rows,
             kept=len(documents),
-            dropped=dict(sum(self.dropped, Counter[str]())),
-            tokens=int(lengths.sum()),
-            trained_tokens=sum(document.trained_tokens for document in documents),
+            dropped=dropped,
+            tokens=int(documents.lengths.sum(dtype=np.int64)),
+            trained_tokens=int(documents.trained.sum(dtype=np.int64)),
             lengths={
                 "p50": int(np.percentile(lengths, 50)),
                 "p95": int(np.percentile(lengths, 95)),
@@ -154,4 +164,8 @@ class Ledger:
             },
             by_source=by_source,
             findings=self.all_findings(),
+            policies=policies,
+            cut=whole.notes["cut"].count if "cut" in whole.notes else 0,
+            duplicates=duplicates,
+            scripts=shares(whole.letters),
         )

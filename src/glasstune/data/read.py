@@ -7,9 +7,10 @@ only CSV and TSV, which have neither, go by their ending.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,13 @@ _SPACE = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
 _PARQUET = b"PAR1"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"PK\x03\x04": ("zip", "unzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zX": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +64,12 @@ class ReadStats:
     """What a reader passed over.
 
     Args:
-        blank_lines: Per file, lines of a JSONL file that hold nothing.
+        blank_lines: Per file, lines that hold nothing.
+        handle: The file that is open, to ask how far it was read.
     """
 
     blank_lines: dict[str, int] = field(default_factory=dict)
+    handle: BinaryIO | None = None
 
 
 def read_rows(path: Path, stats: ReadStats | None = None) -> Iterator[RawRow | BadRow]:
@@ -86,12 +96,13 @@ def read_rows(path: Path, stats: ReadStats | None = None) -> Iterator[RawRow | B
         )
     try:
         with path.open("rb") as file:
+            stats.handle = file
             head = file.read(4)
             file.seek(0)
             if head == _PARQUET:
                 yield from _read_parquet(path)
             elif path.suffix.lower() in _DELIMITERS:
-                yield from _read_csv(path, _DELIMITERS[path.suffix.lower()])
+                yield from _read_csv(path, file, _DELIMITERS[path.suffix.lower()], stats)
             else:
                 yield from _read_json(path, file, stats)
     except OSError as error:
@@ -103,31 +114,58 @@ def read_rows(path: Path, stats: ReadStats | None = None) -> Iterator[RawRow | B
         ) from error
 
 
+def is_line_file(path: Path) -> bool:
+    """Tells whether `read_rows` would read a file line by line, as JSONL."""
+    if path.suffix.lower() in _DELIMITERS or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        if file.read(4) == _PARQUET:
+            return False
+        file.seek(0)
+        return first_byte(file) == b"{"
+
+
 def _read_json(path: Path, file: BinaryIO, stats: ReadStats) -> Iterator[RawRow | BadRow]:
-    first = _first_byte(file)
+    first = first_byte(file)
     if first == b"[":
-        yield from _read_array(path, _decode(path, file.read()))
+        from glasstune.data.read_array import read_array
+
+        yield from read_array(path, file)
     elif first == b"{":
-        yield from _read_lines(path, file, stats)
+        yield from read_lines(path, file, 1, stats)
     elif first == b"":
         raise InputError("empty_file", "holds no row", where=str(path), fix="give a file with rows")
-    elif first in (b"\xff", b"\xfe"):
-        raise InputError(
+    else:
+        raise unknown_kind(path, file.read(4))
+
+
+def unknown_kind(path: Path, head: bytes) -> InputError:
+    """Returns the error for a file of no known kind, with the way out where its kind is plain."""
+    where = str(path)
+    for magic, (kind, command) in _COMPRESSED.items():
+        if head.startswith(magic):
+            return InputError(
+                "compressed_file",
+                f"is compressed ({kind})",
+                where=where,
+                fix=f"unpack it: {command} {path.name}",
+            )
+    if head[:1] in (b"\xff", b"\xfe"):
+        return InputError(
             "not_utf8",
             "is UTF-16 (its first bytes are a byte order mark)",
-            where=str(path),
+            where=where,
             fix=f"convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}",
         )
-    else:
-        raise InputError(
-            "unknown_file_kind",
-            f"is no JSON array, JSONL, Parquet, CSV or TSV: it starts with {first!r}",
-            where=str(path),
-            fix="JSON starts with [ or {; CSV and TSV files must end in .csv or .tsv",
-        )
+    return InputError(
+        "unknown_file_kind",
+        f"is no JSON array, JSONL, Parquet, CSV or TSV: it starts with {head[:1]!r}",
+        where=where,
+        fix="JSON starts with [ or {; CSV and TSV files must end in .csv or .tsv",
+    )
 
 
-def _first_byte(file: BinaryIO) -> bytes:
+def first_byte(file: BinaryIO) -> bytes:
     """Returns the first byte that is no space; leaves the file at its start, after a BOM."""
     if file.read(3) != _BOM:
         file.seek(0)
@@ -140,77 +178,21 @@ def _first_byte(file: BinaryIO) -> bytes:
     return b""
 
 
-def _decode(path: Path, raw: bytes, line: int = 1) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        bad_line = line + raw.count(b"\n", 0, error.start)
-        raise InputError(
-            "not_utf8",
-            f"byte {raw[error.start]:#04x} is not UTF-8",
-            where=f"{path}:{bad_line}",
-            fix="save the file as UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8",
-        ) from error
+def read_lines(
+    path: Path, lines: Iterable[bytes], first: int, stats: ReadStats
+) -> Iterator[RawRow | BadRow]:
+    """Reads lines of a JSONL file.
 
+    Args:
+        path: The file, for origins.
+        lines: Whole lines; only a line feed ends one, U+2028 inside a string does not.
+        first: 1-based number of the first.
+        stats: Where blank lines are counted.
 
-def _read_array(path: Path, text: str) -> Iterator[RawRow | BadRow]:
-    """Walks an array item by item, so that each row knows its physical line."""
-    decoder = json.JSONDecoder()
-    at = _skip(text, text.index("[") + 1)
-    line, counted, number, previous = 1, 0, -1, 0
-    if text[at : at + 1] == "]":
-        at += 1
-    else:
-        while True:
-            line += text.count("\n", counted, at)
-            counted, number = at, number + 1
-            # A row that shares its line with the one before is told by its number, too.
-            origin = f"{path}:{line}" + (f"[{number}]" if line == previous else "")
-            previous = line
-            try:
-                value, end = decoder.raw_decode(text, at)
-            except (ValueError, RecursionError) as error:
-                raise _broken_array(path, text, error, at) from error
-            if isinstance(value, dict):
-                yield RawRow(value, origin)
-            else:
-                yield _no_object(origin, value)
-            at = _skip(text, end)
-            mark = text[at : at + 1]
-            if mark == ",":
-                at = _skip(text, at + 1)
-                continue
-            if mark != "]":
-                raise _broken_array(path, text, None, at)
-            at += 1
-            break
-    if _skip(text, at) < len(text):
-        raise _broken_array(path, text, None, _skip(text, at))
-
-
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-def _broken_array(path: Path, text: str, error: Exception | None, at: int) -> InputError:
-    if isinstance(error, json.JSONDecodeError):
-        at = error.pos
-    line = text.count("\n", 0, at) + 1
-    found = repr(text[at : at + 20]) if at < len(text) else "the end of the file"
-    return InputError(
-        "bad_json",
-        f"the JSON array is broken here: found {found}",
-        where=f"{path}:{line}",
-        fix="rows before this line are whole; correct it, or cut the file here and close it with ]",
-    )
-
-
-def _read_lines(path: Path, file: BinaryIO, stats: ReadStats) -> Iterator[RawRow | BadRow]:
-    number = 0
-    for raw in file:  # binary: only \n ends a line, U+2028 inside a string does not
-        number += 1
+    Raises:
+        InputError: The file is one object over several lines, or a line is not UTF-8.
+    """
+    for number, raw in enumerate(lines, first):
         if not raw.strip(_SPACE):
             stats.blank_lines[str(path)] = stats.blank_lines.get(str(path), 0) + 1
             continue
@@ -228,10 +210,28 @@ def _read_lines(path: Path, file: BinaryIO, stats: ReadStats) -> Iterator[RawRow
             shown = raw.strip(_SPACE)[:40].decode("utf-8", "replace")
             yield BadRow(origin, "bad_json", f"this line is no JSON: {shown!r}")
             continue
-        yield RawRow(value, origin) if isinstance(value, dict) else _no_object(origin, value)
+        yield RawRow(value, origin) if isinstance(value, dict) else no_object(origin, value)
 
 
-def _no_object(origin: str, value: Any) -> BadRow:
+def _decode(path: Path, raw: bytes, line: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, raw[error.start], line) from error
+
+
+def not_utf8(path: Path, byte: int, line: int) -> InputError:
+    """Returns the error for a byte that is not UTF-8."""
+    return InputError(
+        "not_utf8",
+        f"byte {byte:#04x} is not UTF-8",
+        where=f"{path}:{line}",
+        fix="save the file as UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8",
+    )
+
+
+def no_object(origin: str, value: Any) -> BadRow:
+    """Returns the bad row for a value that is no object."""
     return BadRow(
         origin,
         "not_an_object",
@@ -247,9 +247,15 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else "another type")
 
 
-def _read_csv(path: Path, delimiter: str) -> Iterator[RawRow | BadRow]:
+def _read_csv(
+    path: Path, binary: BinaryIO, delimiter: str, stats: ReadStats
+) -> Iterator[RawRow | BadRow]:
     csv.field_size_limit(sys.maxsize)
-    with path.open("r", encoding="utf-8-sig", newline="") as file:
+    head = binary.read(4)
+    if head.startswith(tuple(_COMPRESSED)):
+        raise unknown_kind(path, head)
+    binary.seek(0)
+    with io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
@@ -264,17 +270,12 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[RawRow | BadRow]:
                     fix='a quote inside a quoted cell is written twice: ""',
                 ) from error
             except UnicodeDecodeError as error:
-                raise InputError(
-                    "not_utf8",
-                    f"byte {error.object[error.start]:#04x} is not UTF-8",
-                    where=f"{path}:{line}",
-                    fix="save the file as UTF-8",
-                ) from error
+                raise not_utf8(path, error.object[error.start], line) from error
             if cells is None:
                 break
             if not cells:
-                continue
-            if header is None:
+                stats.blank_lines[str(path)] = stats.blank_lines.get(str(path), 0) + 1
+            elif header is None:
                 header = _header(path, cells)
             elif len(cells) != len(header):
                 yield BadRow(
@@ -296,6 +297,14 @@ def _header(path: Path, cells: list[str]) -> list[str]:
             f"the header names a column twice: {', '.join(twice)}",
             where=f"{path}:1",
             fix="give each column its own name",
+        )
+    if len(cells) == 1 and cells[0].count(";") > 0:
+        raise InputError(
+            "semicolon_csv",
+            f"the header is one column with semicolons in its name: {cells[0]!r}",
+            where=f"{path}:1",
+            fix="cells are separated by commas in .csv and by tabs in .tsv: save it with commas "
+            '(in Excel: "CSV UTF-8, comma delimited")',
         )
     return cells
 

@@ -7,10 +7,11 @@ import glob
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from glasstune.core.config import SourceConfig
 from glasstune.core.errors import InputError
-from glasstune.data.hub import read_hub
+from glasstune.data.hub import load_hub
 from glasstune.data.read import BadRow, RawRow, ReadStats, kind_of, read_rows
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -64,12 +65,31 @@ def read_source(
         InputError: No such file or data set, or one of the reader's own errors.
     """
     if source.rows is not None:
-        yield from _python_rows(source.rows)
+        yield from python_rows(source.rows)
         return
+    files = source_files(source, base_folder)
+    if files is None:
+        yield from hub_rows(load_hub(source.path, source.subset, source.split), source)
+        return
+    for path in files:
+        yield from read_rows(path, stats)
+
+
+def hub_rows(table: Any, source: SourceConfig) -> Iterator[RawRow]:
+    """Yields the rows of a loaded hub data set; their origin is `name/split[row]`, 0-based."""
+    for number, value in enumerate(table):
+        yield RawRow(dict(value), f"{source.path}/{source.split}[{number}]")
+
+
+def source_files(source: SourceConfig, base_folder: Path) -> list[Path] | None:
+    """Returns a source's files, sorted where it is a glob; None for a data set of the hub.
+
+    Raises:
+        InputError: No such file, or settings that belong to the hub beside a file.
+    """
     files = _files(source, base_folder)
     if files is None:
-        yield from read_hub(source.path, source.subset, source.split)
-        return
+        return None
     for key, plain in (("subset", None), ("split", "train")):
         if (asked := getattr(source, key)) != plain:
             raise InputError(
@@ -78,11 +98,11 @@ def read_source(
                 where=source.path,
                 fix=f"leave {key} out; a part of the rows is a file of its own",
             )
-    for path in files:
-        yield from read_rows(path, stats)
+    return files
 
 
-def _python_rows(rows: Sequence[object]) -> Iterator[RawRow | BadRow]:
+def python_rows(rows: Sequence[object]) -> Iterator[RawRow | BadRow]:
+    """Yields rows that were given from Python; their origin is `rows[number]`, 0-based."""
     for number, value in enumerate(rows):
         origin = f"rows[{number}]"
         if isinstance(value, dict):

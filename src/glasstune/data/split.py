@@ -12,6 +12,9 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from glasstune.data.packing import shuffled
 
 _SPACES = re.compile(r"\s+")
@@ -26,43 +29,44 @@ def text_key(texts: Sequence[str]) -> bytes:
     return digest.digest()
 
 
-def held_out(keys: Sequence[bytes], share: float, seed: int) -> set[bytes]:
+def held_out(keys: NDArray[np.bytes_], share: float, seed: int) -> NDArray[np.bool_]:
     """Chooses the texts that are held out.
 
     Args:
-        keys: Text keys of all rows.
+        keys: Text keys of all rows, S16 [rows].
         share: Part of the different texts, below 1.
         seed: Seed of the choice.
 
     Returns:
-        Keys: at least one where share is above 0 and there are two texts or more, and never all.
+        Per row whether its text is held out: at least one text where share is above 0 and there
+        are two or more, and never all.
     """
-    different = sorted(set(keys))
+    different, which = np.unique(keys, return_inverse=True)
     if share <= 0 or len(different) < 2:
-        return set()
+        return np.zeros(len(keys), dtype=bool)
     count = min(max(1, round(share * len(different))), len(different) - 1)
-    salt = seed.to_bytes(8, "big")
-    ranked = sorted(different, key=lambda key: hashlib.blake2b(salt + key).digest())
-    return set(ranked[:count])
+    salt, size = seed.to_bytes(8, "big"), different.itemsize
+    ranks = np.empty(len(different), dtype=np.uint64)
+    raw = different.tobytes()
+    for k in range(len(different)):
+        digest = hashlib.blake2b(salt + raw[k * size : (k + 1) * size]).digest()
+        ranks[k] = int.from_bytes(digest[:8], "big")
+    chosen = np.zeros(len(different), dtype=bool)
+    chosen[np.argsort(ranks, kind="stable")[:count]] = True
+    return chosen[which]
 
 
-def repeated(count: int, repeat: float, seed: int, source: int) -> list[int]:
+def repeated(count: int, repeat: float, seed: int, source: int) -> NDArray[np.int64]:
     """Returns row indices so that a source's rows appear `repeat` times in an epoch.
 
     Whole repetitions take every row; what is left of `repeat` takes a fixed part, chosen by seed.
     """
     whole = int(repeat)
     part = round((repeat - whole) * count)
-    extra = sorted(shuffled(count, seed, 3, source)[:part].tolist()) if part else []
-    return list(range(count)) * whole + extra
+    extra = np.sort(shuffled(count, seed, 3, source)[:part])
+    return np.concatenate([np.tile(np.arange(count), whole), extra])
 
 
-def first_of_each(keys: Sequence[bytes]) -> list[int]:
+def first_of_each(keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
     """Returns the index of the first row of each text, in order."""
-    seen: set[bytes] = set()
-    kept: list[int] = []
-    for index, key in enumerate(keys):
-        if key not in seen:
-            seen.add(key)
-            kept.append(index)
-    return kept
+    return np.sort(np.unique(keys, return_index=True)[1])

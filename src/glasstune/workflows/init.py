@@ -164,9 +164,9 @@ def _data_facts(data: str, model: Any) -> dict[str, Any]:
     from glasstune.data.read import RawRow, ReadStats
 
     facts, tokenizer = model
-    source = open_source(SourceConfig(path=data), "data", Path("."), ReadStats())
+    source = open_source(SourceConfig(path=data), "data", Path("."))
     lengths = []
-    for row in islice(source.rows, _PEEK):
+    for row in islice(source.rows(ReadStats()), _PEEK):
         if not isinstance(row, RawRow):
             continue
         try:

@@ -1,0 +1,199 @@
+"""Tokenised rows kept on disk, found again by everything that their ids and labels follow from.
+
+An entry is a folder of shards, one a piece of the source, each with a small JSON file beside it:
+rows, size and checksum of the shard, and the tally of its rows. Both are written aside and
+renamed, the JSON last; a piece without it, or one that does not fit it, is made again. So a run
+that was killed goes on with the pieces that were finished, and a damaged file is never trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+
+from glasstune.core.errors import GlasstuneError, InputError, RunError
+from glasstune.core.files import cache_folder, dump_json
+from glasstune.core.units import format_bytes
+from glasstune.data.documents import Piece
+from glasstune.data.shards import Shard
+from glasstune.data.tally import Tally
+
+_READ = 1 << 20
+_DONE = "complete.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A piece in the cache.
+
+    Args:
+        rows: Its rows.
+        tally: What happened to the rows that were read for it.
+    """
+
+    rows: int
+    tally: Tally
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The cache entry of one source.
+
+    Args:
+        folder: Where it lies.
+    """
+
+    folder: Path
+
+    @classmethod
+    def of(cls, key: str) -> Entry:
+        """Returns the entry of a key; nothing is made yet."""
+        return cls(cache_folder() / "data" / key)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder and keeps other processes out while the entry is written.
+
+        Raises:
+            InputError: The folder cannot be written.
+            RunError: The disk is full.
+        """
+        with _named(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / "lock").open("w")
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def shard_path(self, number: int) -> Path:
+        """Returns the file of a piece."""
+        return self.folder / f"{number:06d}.arrow"
+
+    def _note_path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.json"
+
+    def keep(self, number: int, data: pa.Buffer, rows: int, tally: Tally) -> None:
+        """Writes a piece.
+
+        Raises:
+            InputError: The folder cannot be written.
+            RunError: The disk is full.
+        """
+        body = {
+            "rows": rows,
+            "size": data.size,
+            "crc32": zlib.crc32(data),
+            "tally": tally.to_dict(),
+        }
+        text = dump_json({"body": body, "sha256": _hash(dump_json(body))})
+        with _named(self.folder):
+            _write(self.shard_path(number), data)
+            _write(self._note_path(number), text.encode())
+
+    def kept(self, number: int) -> Kept | None:
+        """Returns a piece if it is there and whole; reads all its bytes."""
+        try:
+            note = json.loads(self._note_path(number).read_text(encoding="utf-8"))
+            body = note["body"]
+            if note["sha256"] != _hash(dump_json(body)):
+                return None
+            if _checksum(self.shard_path(number)) != (body["size"], body["crc32"]):
+                return None
+            return Kept(body["rows"], Tally.from_dict(body["tally"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def finish(self, pieces: int) -> None:
+        """Marks the entry as complete."""
+        with _named(self.folder):
+            _write(self.folder / _DONE, dump_json({"pieces": pieces}).encode())
+
+    def finished(self) -> list[Kept] | None:
+        """Returns all pieces of a complete entry, or None; what is damaged is made again."""
+        try:
+            count = int(json.loads((self.folder / _DONE).read_text(encoding="utf-8"))["pieces"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        found: list[Kept] = []
+        for number in range(count):
+            piece = self.kept(number)
+            if piece is None:
+                return None
+            found.append(piece)
+        return found
+
+    def pieces(self, source: int, kept: list[Kept]) -> list[Piece]:
+        """Returns the shards as pieces of a store."""
+        return [
+            Piece(source, piece.rows, partial(Shard.open, self.shard_path(number)))
+            for number, piece in enumerate(kept)
+        ]
+
+    def remove(self) -> None:
+        """Removes the entry."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(_READ):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
+
+
+def _write(path: Path, data: pa.Buffer | bytes) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Turns a failed write into an error that names the folder and the way out.
+
+    Raises:
+        InputError: The folder cannot be written.
+        RunError: The disk is full.
+    """
+    try:
+        yield
+    except GlasstuneError:
+        raise
+    except OSError as error:
+        way = "set GLASSTUNE_CACHE to a folder on another disk"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            root = next(path for path in folder.absolute().parents if path.is_dir())
+            raise RunError(
+                "disk_full",
+                "the disk is full while tokenised rows are written: "
+                f"{format_bytes(shutil.disk_usage(root).free)} free",
+                where=str(folder),
+                fix=f"free space, or {way}; what is finished is used by the next run",
+            ) from error
+        raise InputError(
+            "cache_not_writable",
+            f"tokenised rows cannot be written here: {error.strerror or error}",
+            where=str(folder),
+            fix=way,
+        ) from error

@@ -1,0 +1,163 @@
+"""Tokenised rows as Arrow record batches, on disk or in memory.
+
+A row's labels are kept as what differs from its ids: the spans where the label is the id itself,
+and single places where it is another one (Baichuan2's rule). That form is the same for equal
+labels, a few bytes long, and is what the fingerprint of a data set hashes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from glasstune.core.batch import IGNORED, Document, IntArray
+
+KEY_BYTES = 16
+_COLUMNS = "columns"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row to be stored.
+
+    Args:
+        ids: Token ids, int32 [T].
+        labels: int32 [T], as in `Document`.
+        origin: Where it came from.
+        key: What is equal for equal texts, 16 bytes.
+        columns: Values for a loss function.
+    """
+
+    ids: IntArray
+    labels: IntArray
+    origin: str
+    key: bytes
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+def spans_of(ids: IntArray, labels: IntArray) -> tuple[IntArray, IntArray]:
+    """Returns (start, end) pairs where the label is the id, and (place, label) pairs elsewhere."""
+    own = labels == ids
+    edges = np.flatnonzero(np.diff(own, prepend=False, append=False))
+    places = np.flatnonzero(~own & (labels != IGNORED))
+    other = np.stack([places, labels[places]], axis=1).reshape(-1)
+    return edges.astype(np.int32), other.astype(np.int32)
+
+
+def labels_of(ids: IntArray, spans: IntArray, other: IntArray) -> IntArray:
+    """Returns the labels that `spans_of` took apart."""
+    labels = np.full(len(ids), IGNORED, dtype=np.int32)
+    for start, end in spans.reshape(-1, 2).tolist():
+        labels[start:end] = ids[start:end]
+    labels[other[::2]] = other[1::2]
+    return labels
+
+
+def to_batch(rows: Sequence[Row], *, keep_columns: bool) -> pa.RecordBatch:
+    """Builds the record batch of some rows.
+
+    Args:
+        rows: The rows.
+        keep_columns: Whether their columns are written, as JSON; in memory they stay as they are.
+    """
+    parts = [spans_of(row.ids, row.labels) for row in rows]
+    trained = [int((row.labels[1:] != IGNORED).sum()) for row in rows]
+    arrays: dict[str, pa.Array] = {
+        "ids": _lists([row.ids for row in rows]),
+        "spans": _lists([spans for spans, _ in parts]),
+        "other": _lists([other for _, other in parts]),
+        "trained": pa.array(trained, pa.int32()),
+        "origin": pa.array([row.origin for row in rows], pa.string()),
+        "key": pa.array([row.key for row in rows], pa.binary(KEY_BYTES)),
+    }
+    if keep_columns:
+        texts = [json.dumps(dict(row.columns), ensure_ascii=False) for row in rows]
+        arrays[_COLUMNS] = pa.array(texts, pa.string())
+    return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
+
+
+def _lists(parts: Sequence[IntArray]) -> pa.ListArray:
+    ends = np.zeros(len(parts) + 1, dtype=np.int32)
+    np.cumsum([len(part) for part in parts], out=ends[1:])
+    values = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values.astype(np.int32, copy=False)))
+
+
+def batch_bytes(batch: pa.RecordBatch) -> pa.Buffer:
+    """Returns a batch as an Arrow file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+class _Lists:
+    """A column of integer lists as one array and its ends."""
+
+    def __init__(self, column: pa.ListArray) -> None:
+        self.values: IntArray = column.values.to_numpy(zero_copy_only=True)
+        self.ends: IntArray = column.offsets.to_numpy(zero_copy_only=True)
+
+    def one(self, row: int) -> IntArray:
+        return self.values[self.ends[row] : self.ends[row + 1]]
+
+    def many(self, start: int, stop: int) -> IntArray:
+        return self.values[self.ends[start] : self.ends[stop]]
+
+    def lengths(self) -> IntArray:
+        return np.diff(self.ends)
+
+
+class Shard:
+    """Some tokenised rows.
+
+    Args:
+        batch: As `to_batch` made it.
+        columns: Values of a loss function per row, where they are not in the batch.
+    """
+
+    def __init__(
+        self, batch: pa.RecordBatch, columns: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        self.rows: int = batch.num_rows
+        self.ids = _Lists(batch.column("ids"))
+        self.spans = _Lists(batch.column("spans"))
+        self.other = _Lists(batch.column("other"))
+        self.trained: IntArray = batch.column("trained").to_numpy(zero_copy_only=True)
+        self._origins = batch.column("origin")
+        self._keys = batch.column("key")
+        self._columns = columns
+        if columns is None and _COLUMNS in batch.schema.names:
+            self._columns = batch.column(_COLUMNS)
+
+    @classmethod
+    def open(cls, path: Path) -> Shard:
+        """Maps a file into memory; nothing is read until it is asked for."""
+        with pa.memory_map(str(path)) as source:
+            return cls(pa.ipc.open_file(source).get_batch(0))
+
+    def keys(self) -> NDArray[np.bytes_]:
+        """Returns a copy of all text keys, S16 [rows]."""
+        raw = b"".join(self._keys.to_pylist())
+        return np.frombuffer(raw, dtype=f"S{KEY_BYTES}")
+
+    def origin(self, row: int) -> str:
+        """Returns where a row came from."""
+        return str(self._origins[row].as_py())
+
+    def document(self, row: int, source: int) -> Document:
+        """Returns a row; its ids are a view, its labels are built."""
+        ids = self.ids.one(row)
+        labels = labels_of(ids, self.spans.one(row), self.other.one(row))
+        columns: Mapping[str, Any] = {}
+        if self._columns is not None:
+            held = self._columns[row]
+            columns = held if isinstance(held, Mapping) else json.loads(held.as_py())
+        return Document(ids, labels, source, self.origin(row), columns)
