@@ -372,3 +372,29 @@ def test_it_prints_and_writes_a_page(tiny_llama, tmp_path):
 def test_it_is_exported(tiny_llama):
     config = tiny_config("llama")
     assert gt.inspect_model(config, bits=(16,)).record.family == "llama"
+
+
+def test_where_all_linear_is_refused_the_tree_is_shown_without_an_adapter(tmp_path) -> None:
+    """PEFT refuses Mamba's `out_proj`; nobody asked for it, so it is a finding."""
+    file = tmp_path / "mamba.json"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50, "state_size": 4}
+    file.write_text(json.dumps({"model_type": "mamba", **sizes}))
+    record = inspect_model(str(file)).record
+    assert [item.code for item in record.findings] == ["adapter_refused"]
+    assert record.adapter is None
+    assert record.trainable_parameters == 0
+    assert record.all_parameters == sum(row.parameters for row in record.precisions["16"].modules)
+    with pytest.raises(InputError) as caught:
+        inspect_model(str(file), r=4)
+    assert caught.value.code == "adapter_refused"
+
+
+def test_sizes_that_each_layer_may_have_of_its_own(tmp_path) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if "gemma4_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers does not know Gemma 4")
+    file = tmp_path / "config.json"
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 50, "intermediate_size": 64}
+    file.write_text(json.dumps({"model_type": "gemma4_text", **sizes}))
+    assert inspect_model(str(file)).record.precisions["4"].total_bytes > 0

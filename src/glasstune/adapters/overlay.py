@@ -73,6 +73,17 @@ class Overlay:
     findings: list[Finding] = field(default_factory=list)
 
 
+def no_overlay(model: nn.Module, *findings: Finding) -> Overlay:
+    """Lays nothing over a model: nothing of it is trained.
+
+    Args:
+        model: A model that holds no weights.
+        *findings: Why.
+    """
+    _, total = count_parameters(model)
+    return Overlay({}, frozenset(), 0, total, peft_line(0, total), 0, {}, list(findings))
+
+
 def overlay(
     model: nn.Module, options: Mapping[str, Any] | None = None, *, optim: str = "adamw_torch"
 ) -> Overlay:

@@ -164,7 +164,7 @@ def inspect_model(
         trainable_parameters=trainable,
         all_parameters=total,
         peft_line=line,
-        adapter=None if laid is None else laid.options,
+        adapter=None if laid is None else laid.options or None,
         findings=[
             *_of_run(found),
             *source.findings,
@@ -257,7 +257,7 @@ def _overlay(
     found: Target, source: ModelSource, options: _Options, given: dict[str, Any]
 ) -> Overlay | None:
     """The adapter over the tree: a live one, the run's, or a new one; None where none belongs."""
-    from glasstune.adapters.overlay import carries_adapter, existing_overlay, overlay
+    from glasstune.adapters.overlay import carries_adapter, existing_overlay, no_overlay, overlay
     from glasstune.models.inspect.dry_run import skeleton
     from glasstune.models.inspect.precision import supported_bits
 
@@ -278,7 +278,17 @@ def _overlay(
     # LoRA is the same at every precision; 16 bit, where the source has it, needs no unpacking.
     (bits,), _ = supported_bits(source, (16,))
     plain = skeleton(source, bits, options.quantization, dtype=options.dtype)
-    return overlay(plain, {**(found.adapter or {}), **given}, optim=found.optim)
+    asked = {**(found.adapter or {}), **given}
+    try:
+        return overlay(plain, asked, optim=found.optim)
+    except InputError as error:
+        if asked or error.code != "adapter_refused":
+            raise
+        # Nobody asked for this adapter: the tree is worth seeing without it.
+        where = "target_modules=all-linear"
+        fix = "name others with --target-modules"
+        plain = skeleton(source, bits, options.quantization, dtype=options.dtype)
+        return no_overlay(plain, Finding(error.code, "warning", where, error.message, fix))
 
 
 def _lay(precision: PrecisionRecord, laid: Overlay | None) -> None:

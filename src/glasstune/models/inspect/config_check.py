@@ -47,26 +47,37 @@ def check_sizes(config: Any, content: Mapping[str, Any], *, where: str) -> None:
     """
     text = config.get_text_config(decoder=True)
     for key in _POSITIVE:
-        value = getattr(text, key, None)
+        value = _shared(text, key)
         if not isinstance(value, int) or isinstance(value, bool):
             continue
         most = _MOST_LAYERS if key in _LAYERS else _MOST
         if value < 1 or value > most:
             bound = "at least 1" if value < 1 else f"at most {most:,}"
             raise _bad(f"{key} is {value}; it must be {bound}", where)
-    hidden = getattr(text, "hidden_size", None)
-    heads = getattr(text, "num_attention_heads", None)
+    hidden, heads = _shared(text, "hidden_size"), _shared(text, "num_attention_heads")
     if not isinstance(hidden, int) or not isinstance(heads, int) or hidden % heads == 0:
         return
     # Heads of a width of their own need not divide; a width that was derived must.
     written = content.get("text_config", content)
     given = isinstance(written, Mapping) and written.get("head_dim") is not None
-    if not given and getattr(text, "head_dim", None) in (hidden // heads,):
+    if not given and _shared(text, "head_dim") == hidden // heads:
         raise _bad(
             f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is "
             "no head_dim",
             where,
         )
+
+
+def _shared(config: Any, key: str) -> Any:
+    """Returns a value that holds for every layer, or None where there is none.
+
+    transformers refuses to give a value that layers may have of their own (Gemma 4's `head_dim`),
+    by a RuntimeError.
+    """
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:
+        return None
 
 
 def first_line(error: BaseException) -> str:
