@@ -301,3 +301,22 @@ def test_slow_tokenizer_without_offsets_is_exact_or_refused(
     expected = used.encode(SYSTEM)
     monkeypatch.setattr(type(used.tokenizer), "is_fast", property(lambda self: False))
     assert used.encode(SYSTEM) == expected
+
+
+@pytest.mark.parametrize("style", list(TEMPLATES))
+@pytest.mark.parametrize("messages", [ONE, TWO, SYSTEM, HARD, CALL])
+def test_the_short_way_of_rendering_is_transformers_own(style: str, messages: Any) -> None:
+    used = template(style)
+    for generation in (False, True):
+        try:
+            expected = used.tokenizer.apply_chat_template(
+                messages,
+                chat_template=used.source[0],
+                tokenize=False,
+                add_generation_prompt=generation,
+            )
+        except Exception:
+            with pytest.raises(RowError, match="refuses"):
+                used.text(messages, None, generation)
+        else:
+            assert used.text(messages, None, generation) == expected

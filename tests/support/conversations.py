@@ -6,6 +6,8 @@ from typing import Any
 
 from chat_tokenizers import chat_tokenizer
 
+from glasstune.data.errors import RowError
+from glasstune.data.spans import Rendered, find_spans
 from glasstune.data.template import ChatTemplate, resolve_template
 
 USER = {"role": "user", "content": "why?"}
@@ -43,3 +45,16 @@ def reference_ids(used: ChatTemplate, messages: Any, **options: Any) -> list[int
         messages, tokenize=True, return_dict=True, **used.kwargs, **options
     )
     return list(found["input_ids"])
+
+
+def render_row(used: ChatTemplate, turns: list[tuple[str, str]]) -> Rendered | None:
+    """A conversation of (question, answer) pairs as the encoder renders it; None if refused."""
+    messages = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    try:
+        return find_spans(used.text, messages, None, used.traits)
+    except RowError:
+        return None

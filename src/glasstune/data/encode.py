@@ -10,6 +10,7 @@ from glasstune.core.batch import IGNORED
 from glasstune.data.baichuan2 import baichuan2_encode, check_baichuan2
 from glasstune.data.errors import RowError, refuse
 from glasstune.data.formats import Example
+from glasstune.data.prompts import Offsets, Prompts
 from glasstune.data.roles import Message
 from glasstune.data.spans import Rendered, Tools, find_spans
 from glasstune.data.template import ChatTemplate, TrainOn, marked_spans
@@ -17,8 +18,6 @@ from glasstune.data.tokenizer import begin_ids, encode_plain, end_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Offsets = Sequence[tuple[int, int]]
 
 
 @dataclass(slots=True)
@@ -149,8 +148,9 @@ def _chats(
         return _baichuan2(template, examples, train_on)
     rendered = [_rendered(template, example) for example in examples]
     good = [row for row in rendered if isinstance(row, Rendered)]
-    tokens = iter(_with_offsets(template.tokenizer, [row.text for row in good]))
-    prompts = iter(encode_plain(template.tokenizer, [row.prompt for row in good]))
+    encoded_texts = _with_offsets(template.tokenizer, [row.text for row in good])
+    prompts = iter(Prompts.of(template).encode(good, encoded_texts))
+    tokens = iter(encoded_texts)
     rows: list[Encoded | RowError] = []
     for example, row in zip(examples, rendered, strict=True):
         if isinstance(row, RowError):
@@ -186,7 +186,14 @@ def _with_offsets(
         return []
     if not tokenizer.is_fast:
         return [(ids, None) for ids in encode_plain(tokenizer, texts)]
-    found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    found = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
     return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
 

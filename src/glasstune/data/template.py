@@ -79,10 +79,36 @@ class ChatTemplate:
         Raises:
             RowError: The template refuses it; carries the template's own words.
         """
-        rendered: str = self.apply(
-            messages, tools, add_generation_prompt=generation, tokenize=False
-        )
-        return rendered
+        compiled = None if tools or not _is_plain(messages) else self._compiled()
+        if compiled is None:
+            rendered: str = self.apply(
+                messages, tools, add_generation_prompt=generation, tokenize=False
+            )
+            return rendered
+        # What `apply_chat_template` does to texts alone, without its copies: a third of its time.
+        try:
+            return str(
+                compiled.render(
+                    messages=messages,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=generation,
+                    **{**self.tokenizer.special_tokens_map, **self.kwargs},
+                )
+            )
+        except Exception as error:
+            raise _refused(error) from error
+
+    def _compiled(self) -> Any:
+        """Returns the compiled template, or None where the tokenizer renders in its own way."""
+        from transformers import PreTrainedTokenizerBase
+        from transformers.utils import chat_template_utils
+
+        own = type(self.tokenizer).apply_chat_template
+        if own is not PreTrainedTokenizerBase.apply_chat_template:
+            return None
+        compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+        return compile_template and compile_template(self.source[0])
 
     def apply(self, messages: Sequence[Message], tools: Tools, **options: Any) -> Any:
         """Calls `apply_chat_template` with this template, its variables and `options`.
@@ -96,8 +122,7 @@ class ChatTemplate:
                 list(messages), tools=tools, chat_template=source, **options, **self.kwargs
             )
         except Exception as error:  # a template can raise anything, its own text most of all
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            refuse("template_refuses", f"the chat template refuses this conversation: {first}")
+            raise _refused(error) from error
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """Returns the ids after which the assistant's next text comes.
@@ -161,6 +186,18 @@ class ChatTemplate:
         finally:
             self.tokenizer.chat_template = kept
         write_json_atomic(folder / TEMPLATE_FILE, self.to_dict())
+
+
+def _is_plain(messages: Sequence[Message]) -> bool:
+    return all(
+        message.keys() == {"role", "content"} and type(message["content"]) is str
+        for message in messages
+    )
+
+
+def _refused(error: Exception) -> RowError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return RowError("template_refuses", f"the chat template refuses this conversation: {first}")
 
 
 def marked_spans(template: ChatTemplate, messages: Sequence[Message], tools: Tools) -> Rendered:

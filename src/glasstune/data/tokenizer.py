@@ -104,9 +104,13 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     """Returns the ids of each text without any special token around it."""
     if not texts:
         return []
-    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
+    found: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
     return found
 
 
