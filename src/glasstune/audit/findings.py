@@ -65,6 +65,9 @@ class Facts:
     compiled: bool
     reentrant: bool
 
+WORTH_SAYING = 0.005
+"""Share below which a term that works against the step is not worth a line."""
+
 
 def all_findings(record: AuditRecord, facts: Facts) -> list[Finding]:
     """Returns every finding of an audit, errors first."""
@@ -164,7 +167,7 @@ def _of_terms(record: AuditRecord) -> list[Finding]:
         if term.weight == 0:
             text = f"loss term {term.name!r} has the weight 0, so it gives zeros, not None"
             found.append(Finding("term_weight_zero", "info", term.name, text))
-        if term.share is not None and term.share < 0:
+        if term.share is not None and term.share < -WORTH_SAYING:
             text = f"loss term {term.name!r} works against the step: its share is {term.share:.1%}"
             found.append(Finding("term_against_step", "info", term.name, text))
     for pair in record.conflicts:
