@@ -1,31 +1,6 @@
 import json
 
-import numpy as np
-
 from glasstune.cli.main import run
-from glasstune.core.batch import Document
-from glasstune.workflows.data import show_document
-
-
-class Letters:
-    def decode(self, ids, skip_special_tokens):
-        assert skip_special_tokens is False
-        return "".join(chr(96 + token) for token in ids)
-
-
-def test_a_document_shows_what_is_trained_and_what_instead():
-    document = Document(
-        np.array([1, 2, 3, 4, 5], dtype=np.int32),
-        np.array([9, -100, 3, 26, 5], dtype=np.int32),
-        origin="d.json:4",
-    )
-    assert show_document(document, Letters()).splitlines() == [
-        "d.json:4 · 5 tokens, 3 trained",
-        "  context | 'ab'",
-        "  trained | 'c'",
-        "  instead | 'z'",
-        "  trained | 'e'",
-    ]
 
 
 def test_data_command_counts_and_shows(tiny_llama, qa_file, tmp_path, capsys):
@@ -40,8 +15,12 @@ def test_data_command_counts_and_shows(tiny_llama, qa_file, tmp_path, capsys):
         "rows", "kept", "dropped", "tokens", "trained_tokens", "lengths", "by_source", "findings",
         "policies", "cut", "duplicates", "scripts", "held_out", "fingerprint",
     }  # fmt: skip
-    assert "trained | " in err
-    assert "It is" in err
+    shown = err[err.index("row ") :]
+    runs = [line.split(maxsplit=2) for line in shown.splitlines() if " + " in line]
+    answers = ["".join(text.split("\u2502")) for word, _, text in runs if word == "trained"]
+    assert answers
+    assert all(text.startswith("It is ") for text in answers)  # what qa_file's answers say
+    assert f"{qa_file}:" in shown
 
 
 def test_data_command_names_a_bad_row(tiny_llama, tmp_path, capsys):
@@ -49,7 +28,12 @@ def test_data_command_names_a_bad_row(tiny_llama, tmp_path, capsys):
     rows.write_text('{"instruction": "q", "output": "a"}\n\nNOT JSON\n')
     config = tmp_path / "c.yaml"
     config.write_text(f"model: {{path: {tiny_llama}}}\ndata: {{sources: [{{path: {rows}}}]}}\n")
-    assert run(["data", str(config)]) == 2
-    err = capsys.readouterr().err
-    assert "rows.jsonl:3" in err
+    assert run(["data", str(config), "--json", str(tmp_path / "r.json")]) == 2
+    out, err = capsys.readouterr()
+    assert "error [bad_json]" in out
+    assert "rows.jsonl:3" in out
     assert "Traceback" not in err
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert (record["rows"], record["kept"], record["dropped"]) == (2, 1, {"bad_json": 1})
+    assert record["findings"][0]["severity"] == "error"
+    assert run(["data", str(config), "data.on_error=skip"]) == 0

@@ -74,11 +74,14 @@ def data(
     ] = None,
     json: JsonOption = None,
 ) -> None:
-    """Check the data of a config: rows, lengths, what is trained, what is wrong."""
+    """Check the data of a config: rows, lengths, what is trained, what is wrong.
+
+    Exit code 2 where `train` would refuse the data; the record is written all the same.
+    """
     if html is not None:
         not_built("the data page (--html)", "leave --html out; --show N prints rows")
     from glasstune.core.config_load import load_config
-    from glasstune.reports.tables import say
+    from glasstune.reports.mask_text import print_rows
     from glasstune.reports.terminal import say_notes
 
     path, overrides = split_arguments(arguments)
@@ -91,9 +94,10 @@ def data(
         checked = check_data(loaded.config, show=rows, progress=bars)
     finally:
         bars.close()
-    for text in checked.shown:
-        say(console(json), text)
+    print_rows(checked.shown, console(json))
     show("data", checked.record.to_dict(), json)
+    if checked.failed:
+        raise typer.Exit(2)
 
 
 @app.command()

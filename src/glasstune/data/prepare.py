@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from glasstune.core.choices import Choices
 from glasstune.core.config import DataConfig
 from glasstune.core.facts import ModelFacts
+from glasstune.core.findings import Finding
 from glasstune.core.protocols import Progress
 from glasstune.core.records import DataRecord
 from glasstune.data.choose import choose_settings, choose_template, open_source
@@ -118,8 +119,11 @@ def prepare_data(
     judge_template(ledger, template)
     sides = _Sides.divide(config, ledger, store, seed)
     rows = sides.repeat(config, store, seed)
-    if stop and not len(rows):
-        raise ledger.nothing_left()
+    if not len(rows):
+        if stop:
+            raise ledger.nothing_left()
+        error = ledger.nothing_left()
+        ledger.findings.append(Finding(error.code, "error", error.where, error.message, error.fix))
     limit, packed = config.max_length, config.packing
     train = PackedSet.build(
         StoredDocuments(store, rows), max_length=limit, packed=packed, seed=seed

@@ -53,7 +53,11 @@ class Note:
         if self.count < 2:
             return message
         more = self.count - len(self.places)
-        also = ", ".join(self.places[1:]) + (f" and {more:,} more" if more else "")
+        file = self.places[0].rpartition(":")[0] + ":"
+        also = ", ".join(self.places[1:])
+        if len(file) > 1 and all(place.startswith(file) for place in self.places[1:]):
+            also = "lines " + ", ".join(place.removeprefix(file) for place in self.places[1:])
+        also += f" and {more:,} more" if more else ""
         return f"{message} ({'' if counted else f'{self.count:,} such rows; '}also {also})"
 
     def finding(self, severity: Severity | None = None) -> Finding:

@@ -102,6 +102,15 @@ def print_data(record: Json, console: Console) -> None:
         ("trained tokens", f"{record['trained_tokens']:,} ({share:.0%})"),
         ("lengths", " · ".join(f"{name} {value:,}" for name, value in lengths.items())),
     ]
+    if record.get("held_out"):
+        rows.insert(2, ("of them held out", f"{record['held_out']:,}"))
+    for key in ("cut", "duplicates"):
+        if record.get(key):
+            rows.append((key, f"{record[key]:,}"))
+    if scripts := record.get("scripts"):
+        rows.append(("scripts", " · ".join(f"{name} {part:.1%}" for name, part in scripts.items())))
+    if policies := record.get("policies"):
+        rows.append(("policies", " · ".join(f"{key}: {value}" for key, value in policies.items())))
     _pairs(console, rows)
     sources = record["by_source"]
     if sources:
