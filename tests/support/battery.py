@@ -25,17 +25,18 @@ _COMMON: dict[str, Any] = {
 }
 _OLD = {key: _COMMON[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
 
-# Widths are no multiples of 64, some products are odd: every rounding of the formulas is met.
+# Every rounding of the formulas is met: widths that are no multiples of 64, weights of an odd
+# number of elements (mistral), and one of exactly 256 blocks of 64 (bloom).
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**_COMMON, "intermediate_size": 71, "attention_bias": True}),
     "llama_tied": ("llama", {**_COMMON, "tie_word_embeddings": True}),
     "qwen2": ("qwen2", {**_COMMON, "hidden_size": 80, "head_dim": 20}),
     "qwen3": ("qwen3", _COMMON),
-    "mistral": ("mistral", {**_COMMON, "intermediate_size": 33, "hidden_size": 36}),
+    "mistral": ("mistral", {**_COMMON, "intermediate_size": 33, "hidden_size": 45}),
     "gemma3": ("gemma3_text", {**_COMMON, "tie_word_embeddings": True, "sliding_window": 8}),
     "phi3": ("phi3", {**_COMMON, "head_dim": 12, "original_max_position_embeddings": 64}),
     "gpt2": ("gpt2", {**_OLD, "n_embd": 36, "n_layer": 2, "n_head": 4, "n_positions": 32}),
-    "bloom": ("bloom", {**_OLD, "hidden_size": 80, "n_layer": 2, "n_head": 4}),
+    "bloom": ("bloom", {**_OLD, "hidden_size": 128, "n_layer": 2, "n_head": 4}),
     "falcon": (
         "falcon",
         {**_OLD, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},

@@ -58,6 +58,14 @@ def test_a_live_model_is_never_changed(name, tmp_path):
         view = skeleton(source, bits)
         assert all(tensor.is_meta for tensor in [*view.parameters(), *view.buffers()])
         view.config.use_cache = not view.config.use_cache
+        # What a library adds to a list or a mapping of the copy stays with the copy.
+        for part, original in zip(view.modules(), model.modules(), strict=True):
+            shared = [
+                name
+                for name, value in part.__dict__.items()
+                if type(value) in (dict, list, set) and value is original.__dict__.get(name)
+            ]
+            assert not shared
     precision_record(source, 8, int8_compute="w8a16")
     after = state_of(model)
     assert after["text"] == before["text"]
