@@ -20,7 +20,7 @@ _EXPORTS = {
     "LossBatch": "glasstune.training.terms:LossBatch",
     "GlasstuneCallback": "glasstune.integrations.callback:GlasstuneCallback",
     "term_loss": "glasstune.integrations.term_loss:term_loss",
-    "GradientAudit": "glasstune.audit.gradient_audit:GradientAudit",
+    "GradientAudit": "glasstune.workflows.gradient_audit:GradientAudit",
     "load_config": "glasstune.core.config_load:load_config",
 }
 _NOT_BUILT = (

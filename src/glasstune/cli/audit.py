@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from glasstune.cli.app import app
-from glasstune.cli.common import JsonOption, emit, not_built, progress
+from glasstune.cli.common import JsonOption, emit, progress
 from glasstune.cli.train import split_arguments
 from glasstune.core.errors import InputError
 
@@ -74,26 +72,24 @@ def audit(
     record = result.to_dict()
     emit(record, json)
     if html is not None and page is not None:
-        html.write_text(page(record), encoding="utf-8")
+        history = workflow.read_history(str(path))
+        html.write_text(page(record, history), encoding="utf-8")
         bars.say(f"wrote {html}")
     if not result.ok:
         raise typer.Exit(1)
 
 
-def _page(place: Path) -> Callable[[Mapping[str, Any]], str]:
+def _page(place: Path) -> Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], str]:
     """Returns what draws the page, before hours are spent on what it would show.
 
     Raises:
-        InputError: It cannot be written there, or is not built.
+        InputError: It cannot be written there.
     """
     if not place.parent.is_dir() or place.is_dir():
         problem = "is a folder" if place.is_dir() else f"needs the folder {place.parent}"
         raise InputError(
             "html_not_writable", f"{place} {problem}", where="--html", fix="name a file"
         )
-    if find_spec("glasstune.reports.audit_page") is None:
-        not_built("the page of an audit (--html)", "--json and --print hold the same numbers")
-    draw: Callable[[Mapping[str, Any]], str] = import_module(
-        "glasstune.reports.audit_page"
-    ).audit_page
-    return draw
+    from glasstune.reports.audit_page import audit_page
+
+    return audit_page

@@ -6,6 +6,7 @@ second update shows the gradients of A once B has left zero. No file of a run is
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +140,23 @@ def find_config(target: str, overrides: Sequence[str] = ()) -> LoadedConfig:
     else:
         loaded.notes.append(f"{target} has no adapter yet: the audit starts from a fresh one")
     return loaded
+
+
+def read_history(target: str) -> list[dict[str, Any]]:
+    """Returns the rows of a run's `audit.jsonl`; none where the target is no run.
+
+    A last line that a kill cut off is left out.
+    """
+    file = Path(target).expanduser() / "audit.jsonl"
+    if not file.is_file():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
 
 
 def audit(
