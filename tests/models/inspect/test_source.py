@@ -13,7 +13,7 @@ from huggingface_hub import errors
 from tiny import tiny_config, tiny_tokenizer
 from tiny_gguf import write_tiny_gguf
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from glasstune.core.errors import InputError
 from glasstune.models.gguf import expand_gguf
@@ -256,6 +256,16 @@ def test_a_config_object_is_not_changed():
     for bits in (16, 8, 4):
         skeleton(source, bits)
     assert config.to_dict() == before
+
+
+def test_a_dense_model_of_a_family_of_mixtures_has_no_experts():
+    options = {**LLAMA, "num_local_experts": 0, "num_experts_per_tok": 0}
+    options |= {"layer_types": ["attention"], "shared_intermediate_size": 64}
+    options.pop("model_type")
+    source = open_source(AutoConfig.for_model("granitemoehybrid", **options))
+    assert precision_record(source, 4).total_bytes > 0
+    with pytest.raises(InputError, match="num_local_experts is -1"):
+        open_source(AutoConfig.for_model("mixtral", num_local_experts=-1))
 
 
 def test_any_module_is_a_source():

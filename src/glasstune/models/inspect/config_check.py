@@ -25,10 +25,9 @@ _POSITIVE = (
     "ffn_hidden_size",
     "n_inner",
     "head_dim",
-    "moe_intermediate_size",
-    "num_local_experts",
-    "num_experts_per_tok",
 )
+# A dense model of a family of mixtures says 0 experts.
+_NOT_NEGATIVE = ("moe_intermediate_size", "num_local_experts", "num_experts_per_tok")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
 _MOST_LAYERS = 10_000
 _MOST = 2**31
@@ -46,13 +45,14 @@ def check_sizes(config: Any, content: Mapping[str, Any], *, where: str) -> None:
         InputError: `bad_model_config`, with key and value.
     """
     text = config.get_text_config(decoder=True)
-    for key in _POSITIVE:
+    for key in (*_POSITIVE, *_NOT_NEGATIVE):
         value = _shared(text, key)
         if not isinstance(value, int) or isinstance(value, bool):
             continue
         most = _MOST_LAYERS if key in _LAYERS else _MOST
-        if value < 1 or value > most:
-            bound = "at least 1" if value < 1 else f"at most {most:,}"
+        least = 0 if key in _NOT_NEGATIVE else 1
+        if not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most:,}"
             raise _bad(f"{key} is {value}; it must be {bound}", where)
     hidden, heads = _shared(text, "hidden_size"), _shared(text, "num_attention_heads")
     if not isinstance(hidden, int) or not isinstance(heads, int) or hidden % heads == 0:
