@@ -260,7 +260,7 @@ def test_a_config_object_is_not_changed():
 
 def test_a_dense_model_of_a_family_of_mixtures_has_no_experts():
     options = {**LLAMA, "num_local_experts": 0, "num_experts_per_tok": 0}
-    options |= {"layer_types": ["attention"], "shared_intermediate_size": 64}
+    options |= {"layer_types": ["attention"], "shared_intermediate_size": 64, "mamba_n_heads": 8}
     options.pop("model_type")
     source = open_source(AutoConfig.for_model("granitemoehybrid", **options))
     assert precision_record(source, 4).total_bytes > 0
