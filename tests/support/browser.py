@@ -185,7 +185,11 @@ _CONTRAST = """
 const channel = (value) =>
   (value /= 255) <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
 const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
-const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+// `rgb(1 2 3)` and, where colours were mixed, `color(srgb 0.1 0.2 0.3)`.
+const numbers = (colour) => {
+  const scale = colour.startsWith("color") ? 255 : 1;
+  return colour.match(/[\\d.]+/g).map((text, at) => Number(text) * (at < 3 ? scale : 1));
+};
 const behind = (element) => {
   for (let at = element; at; at = at.parentElement) {
     const colour = numbers(getComputedStyle(at).backgroundColor);
