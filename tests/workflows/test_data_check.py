@@ -13,7 +13,7 @@ def test_data_command_counts_and_shows(tiny_llama, qa_file, tmp_path, capsys):
     assert record["rows"] == 60
     assert set(record) == {
         "rows", "kept", "dropped", "tokens", "trained_tokens", "lengths", "by_source", "findings",
-        "policies", "cut", "duplicates", "scripts", "held_out", "fingerprint",
+        "policies", "cut", "duplicates", "scripts", "held_out", "fingerprint", "histogram",
     }  # fmt: skip
     shown = err[err.index("row ") :]
     runs = [line.split(maxsplit=2) for line in shown.splitlines() if " + " in line]

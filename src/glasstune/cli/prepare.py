@@ -9,9 +9,13 @@ from typing import Annotated
 import typer
 
 from glasstune.cli.app import app
-from glasstune.cli.common import JsonOption, console, emit, not_built, progress, show
+from glasstune.cli.common import JsonOption, console, emit, progress, show
 from glasstune.cli.train import split_arguments
 from glasstune.core.errors import InputError
+from glasstune.core.files import write_text_atomic
+
+_PAGE_ROWS = 20
+"""Rows on a page where `--show` names no number."""
 
 
 @app.command()
@@ -70,7 +74,8 @@ def data(
         int, typer.Option("--show", min=0, metavar="N", help="Print N rows as they are trained.")
     ] = 0,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page (not built yet).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page too; it shows N rows, or the first 20."),
     ] = None,
     json: JsonOption = None,
 ) -> None:
@@ -79,7 +84,9 @@ def data(
     Exit code 2 where `train` would refuse the data; the record is written all the same.
     """
     if html is not None:
-        not_built("the data page (--html)", "leave --html out; --show N prints rows")
+        from glasstune.workflows.inspect import check_html
+
+        html = check_html(html)
     from glasstune.core.config_load import load_config
     from glasstune.reports.mask_text import print_rows
     from glasstune.reports.terminal import say_notes
@@ -91,11 +98,18 @@ def data(
     from glasstune.workflows.data import check_data
 
     try:
-        checked = check_data(loaded.config, show=rows, progress=bars)
+        drawn = rows or (_PAGE_ROWS if html is not None else 0)
+        checked = check_data(loaded.config, show=drawn, progress=bars)
     finally:
         bars.close()
-    print_rows(checked.shown, console(json))
-    show("data", checked.record.to_dict(), json)
+    print_rows(checked.shown[:rows], console(json))
+    record = checked.record.to_dict()
+    show("data", record, json)
+    if html is not None:
+        from glasstune.reports.mask_page import mask_page
+
+        write_text_atomic(html, mask_page(record, [row.to_dict() for row in checked.shown]))
+        bars.say(f"wrote {html}")
     if checked.failed:
         raise typer.Exit(2)
 

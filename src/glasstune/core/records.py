@@ -36,6 +36,7 @@ class DataRecord(Record):
         scripts: Share of the letters by script, for example Latin and Han.
         held_out: Rows that validate.
         fingerprint: SHA-256 of the set that is trained and of its validation rows.
+        histogram: `[first, last, rows]`: kept rows of first to last tokens, in bins of one width.
     """
 
     rows: int
@@ -52,6 +53,7 @@ class DataRecord(Record):
     scripts: dict[str, float] = field(default_factory=dict)
     held_out: int = 0
     fingerprint: str = ""
+    histogram: list[list[int]] = field(default_factory=list)
 
 
 StoppedBy = Literal["done", "signal", "gate", "early_stopping"]

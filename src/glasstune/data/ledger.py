@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from glasstune.core.errors import InputError
 from glasstune.core.findings import Finding
@@ -168,4 +169,28 @@ class Ledger:
             cut=whole.notes["cut"].count if "cut" in whole.notes else 0,
             duplicates=duplicates,
             scripts=shares(whole.letters),
+            histogram=histogram(documents.lengths),
         )
+
+
+def histogram(lengths: NDArray[np.int32], bins: int = 40) -> list[list[int]]:
+    """Counts rows by length, in at most `bins` bins of a width of 1, 2 or 5 times a power of ten.
+
+    Args:
+        lengths: Tokens of each row, int32.
+        bins: Most bins.
+
+    Returns:
+        `[first, last, rows]` of each bin, from the first one with a row to the last.
+    """
+    if not len(lengths):
+        return []
+    low, high = int(lengths.min()), int(lengths.max())
+    widths = (unit * 10**power for power in range(10) for unit in (1, 2, 5))
+    width = next(each for each in widths if high // each - low // each < bins)
+    start = low // width
+    counts = np.bincount(lengths // width - start).tolist()
+    return [
+        [(start + at) * width, (start + at + 1) * width - 1, count]
+        for at, count in enumerate(counts)
+    ]
