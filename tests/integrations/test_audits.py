@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from trainer_runs import checkpointing, collate, make_trainer, tiny_lora, token_rows
-from transformers import TrainerCallback
 
 import glasstune as gt
 from glasstune.core.errors import RunError
@@ -21,8 +20,13 @@ TERMS = {"next_token": 1.0, "z_loss": 0.05}
 LAYER = "base_model.model.model.layers.0"
 
 
+def rows_of(folder: Path, event: str, name: str = "audit.jsonl") -> list[dict[str, Any]]:
+    lines = (folder / name).read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["event"] == event]
+
+
 def records(folder: Path, name: str = "audit.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+    return rows_of(folder, "audit", name)
 
 
 def run(folder: Path, every: int = 2, model=None, terms: Any = TERMS, **options):
@@ -57,13 +61,6 @@ def plain_gradients(model, rows) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-class Rows(TrainerCallback):
-    """Which rows the first update trained."""
-
-    def __init__(self) -> None:
-        self.seen: list[list[int]] = []
-
-
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
 def test_the_record_agrees_with_plain_autograd(tmp_path: Path, use_reentrant: bool | None) -> None:
     """Two micro-batches of two rows against one batch of the four, in float64; B is not zero.
@@ -85,9 +82,8 @@ def test_the_record_agrees_with_plain_autograd(tmp_path: Path, use_reentrant: bo
     assert record["sum_check"] < 1e-5
     weights = list(TERMS.values())
     whole = {name: weights[0] * truth[0][name] + weights[1] * truth[1][name] for name in truth[0]}
-    trained = [row for row in record["parameters"] if row["requires_grad"]]
-    assert [row["name"] for row in trained] == list(whole)
-    for row in trained:
+    assert [row["name"] for row in record["parameters"]] == list(whole)
+    for row in record["parameters"]:
         name = row["name"]
         assert row["status"] == "ok"
         assert row["reason"] is None
@@ -113,9 +109,17 @@ def test_which_steps_are_audited(tmp_path: Path) -> None:
     _, callback = run(tmp_path / "two", every=2)
     assert [record["step"] for record in records(tmp_path / "two")] == [1, 2, 4]
     assert callback.report is not None
-    assert callback.report.to_dict() == records(tmp_path / "two")[-1]
+    whole, written = callback.report.to_dict(), records(tmp_path / "two")[-1]
+    assert {key: written[key] for key in ("terms", "layers", "gram")} == {
+        key: whole[key] for key in ("terms", "layers", "gram")
+    }
+    # The file has the trained tensors alone, the report in memory the frozen ones too.
+    trained = [row for row in whole["parameters"] if row["requires_grad"]]
+    assert written["parameters"] == trained
+    assert len(trained) < len(whole["parameters"])
     run(tmp_path / "never", every=0)
     assert [record["step"] for record in records(tmp_path / "never")] == [1]
+    assert [row["step"] for row in rows_of(tmp_path / "never", "norms")] == [1, 2, 3, 4]
 
 
 def test_without_terms_the_record_tells_of_the_parameters_alone(tmp_path: Path) -> None:
@@ -125,7 +129,7 @@ def test_without_terms_the_record_tells_of_the_parameters_alone(tmp_path: Path) 
     assert record["engine"] == "none"
     status = {row["name"]: row["status"] for row in record["parameters"]}
     assert status[f"{LAYER}.self_attn.q_proj.lora_B.default.weight"] == "ok"
-    assert status[f"{LAYER}.self_attn.q_proj.base_layer.weight"] == "frozen"
+    assert set(status.values()) == {"ok", "zero"}
     a = next(
         r
         for r in record["parameters"]
@@ -163,16 +167,21 @@ def test_a_switched_off_adapter_is_the_reason(tmp_path: Path) -> None:
 
 def test_the_layers_norms_are_those_of_the_record(tmp_path: Path) -> None:
     """Live norms and the audit are two readings of one gradient."""
-    _, callback = run(tmp_path, every=1, max_grad_norm=0.01)
+    trainer, callback = run(tmp_path, every=1, max_grad_norm=0.01)
     record = records(tmp_path)[-1]
     squares: dict[str, float] = {}
     for row in record["parameters"]:
-        if row["requires_grad"]:
-            norm = row["grad_after"]["norm"]
-            squares[row["layer"]] = squares.get(row["layer"], 0.0) + norm**2
+        norm = row["grad_after"]["norm"]
+        squares[row["layer"]] = squares.get(row["layer"], 0.0) + norm**2
     assert set(callback.layer_norms) == {LAYER, LAYER.replace(".0", ".1")}
     for layer, square in squares.items():
         assert callback.layer_norms[layer] == pytest.approx(math.sqrt(square), rel=1e-5)
+    rows = rows_of(tmp_path, "norms")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["layers"] == pytest.approx(callback.layer_norms, rel=1e-6)
+    assert rows[-1]["norm"] == pytest.approx(trainer.state.log_history[3]["grad_norm"], rel=1e-5)
+    # At B = 0, until the first rate above zero, every A has a gradient that is exactly zero.
+    assert [row["zero"] for row in rows] == [6, 6, 0, 0]
 
 
 def test_resume_moves_the_records_past_the_checkpoint(tmp_path: Path) -> None:
@@ -188,7 +197,10 @@ def test_resume_moves_the_records_past_the_checkpoint(tmp_path: Path) -> None:
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
     assert [r["step"] for r in records(tmp_path, "audit.superseded.jsonl")] == [3]
     # The same update again, to the same bits.
-    assert records(tmp_path)[2] == records(tmp_path, "audit.superseded.jsonl")[0]
+    again, before = records(tmp_path)[2], records(tmp_path, "audit.superseded.jsonl")[0]
+    assert again.pop("attempt") == 2
+    assert before.pop("attempt") == 1
+    assert again == before
     # A new training in the same folder starts a new file.
     run(tmp_path, every=0, max_steps=1)
     assert [record["step"] for record in records(tmp_path)] == [1]
@@ -196,9 +208,11 @@ def test_resume_moves_the_records_past_the_checkpoint(tmp_path: Path) -> None:
 
 def test_a_half_written_line_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
-    path.write_text('{"step": 1}\n{"step": 5}\n{"step": 9, "te', encoding="utf-8")
-    assert supersede(path, 4) == 1
-    assert path.read_text(encoding="utf-8") == '{"step": 1}\n'
+    path.write_text(
+        '{"step": 1, "attempt": 3}\n{"step": 5, "attempt": 4}\n{"step": 9, "te', encoding="utf-8"
+    )
+    assert supersede(path, 4) == 3
+    assert path.read_text(encoding="utf-8") == '{"step": 1, "attempt": 3}\n'
     assert supersede(tmp_path / "missing.jsonl", 0) == 0
 
 
@@ -206,7 +220,7 @@ def test_the_file_can_lie_elsewhere(tmp_path: Path) -> None:
     path = tmp_path / "elsewhere" / "a.jsonl"
     callback = gt.GlasstuneCallback(output=path)
     make_trainer(tmp_path / "run", callbacks=[callback], max_steps=1).train()
-    assert len(path.read_text(encoding="utf-8").splitlines()) == 1
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
     assert not (tmp_path / "run" / "audit.jsonl").exists()
 
 
@@ -226,3 +240,28 @@ def test_an_interrupted_training_does_not_block_the_next(tmp_path: Path) -> None
     assert not second.findings
     assert first.report is None
     assert not [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
+
+
+def test_a_nan_in_an_audited_update_names_the_module_where_it_began(tmp_path: Path) -> None:
+    model = tiny_lora()
+
+    def spoil(module, args, out):
+        out = out.clone()
+        out[0, 0, 0] = float("nan")
+        return out
+
+    model.get_submodule(f"{LAYER}.mlp").register_forward_hook(spoil)
+    with pytest.raises(RunError, match="loss term 'next_token' is nan") as caught:
+        run(tmp_path, model=model)
+    assert f"{LAYER}.mlp" in caught.value.message
+    assert f"{LAYER}.self_attn" not in caught.value.message.split("finite: ")[0]
+
+
+def test_an_out_of_memory_error_passes_unchanged(tmp_path: Path) -> None:
+    """`auto_find_batch_size` looks for it."""
+
+    def hungry(outputs, labels):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path, terms={"hungry": hungry})

@@ -1,15 +1,20 @@
-"""The audited steps of a Trainer's run, and `audit.jsonl` beside its checkpoints."""
+"""The audited steps of a Trainer's run, and `audit.jsonl` beside its checkpoints.
+
+The file has the rows that our own training writes (see `audit.live`): `event: norms` at each
+logging step, `event: audit` for each audited one.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from glasstune.audit.gradient_audit import GradientAudit
+from glasstune.audit.live import failure_text, norms_row
 from glasstune.audit.report import AuditReport
 from glasstune.core.files import disk_full_named, dump_json, write_text_atomic
 from glasstune.core.gradients import ParameterAudit
@@ -26,12 +31,14 @@ class Audits:
     Args:
         path: Where the records go; its folder is made with the first.
         every: n; 0 = the first alone.
-        here: Whether this process audits: one of several is enough, since an audit asks the others
-            for nothing.
+        here: Whether this process audits and writes: one of several is enough, since an audit asks
+            the others for nothing.
+        step: Updates that were done before; records past it are moved beside.
     """
 
-    def __init__(self, path: Path, every: int, here: bool) -> None:
+    def __init__(self, path: Path, every: int, here: bool, step: int) -> None:
         self.path, self.every, self.here = path, every, here
+        self.attempt = supersede(path, step) + 1 if here else 1
         self.report: AuditReport | None = None
         self._audit: GradientAudit | None = None
         self._first = True
@@ -77,9 +84,35 @@ class Audits:
         if self.report is None or not self._unwritten:
             return
         self._unwritten = False
+        record = self.report.to_dict()
+        trained = [row for row in record["parameters"] if row["requires_grad"]]
+        self._append("audit", {**record, "parameters": trained})
+
+    def write_norms(self, step: int, names: Sequence[str], measured: Tensor) -> None:
+        """Appends norms by layer.
+
+        Args:
+            step: Of the update.
+            names: n names of trained tensors.
+            measured: float32 [n, 2] of `live_norms`, on the CPU.
+
+        Raises:
+            RunError: The disk is full.
+        """
+        if self.here:
+            self._append("norms", {"step": step, **norms_row(names, measured)})
+
+    def _append(self, event: str, content: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        row = {"event": event, "attempt": self.attempt, **content}
         with disk_full_named(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(dump_json(self.report.to_dict()) + "\n")
+            file.write(dump_json(row) + "\n")
+
+    def story(self, step: int) -> str:
+        """Where a NaN or Inf of an update came from; empty where the update was not audited."""
+        if self.report is None or self.report.record.step != step:
+            return ""
+        return failure_text(self.report.record)
 
     def row(self, name: str) -> ParameterAudit | None:
         """What the latest audit says of a tensor."""
@@ -104,21 +137,25 @@ def supersede(path: Path, step: int) -> int:
         step: Records up to it stay; 0 = a new training, none stay.
 
     Returns:
-        Number of records moved.
+        The last attempt among the records that stay; 0 where none do.
     """
     if not path.exists():
         return 0
+    attempt = 0
     kept: list[str] = []
     moved: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = _parsed(line)
-        if row is not None:
-            (kept if (row.get("step") or 0) <= step else moved).append(line)
+        if row is None:
+            continue
+        stays = (row.get("step") or 0) <= step
+        (kept if stays else moved).append(line)
+        attempt = max(attempt, row.get("attempt", 0) if stays else 0)
     if moved:
         with path.with_name(f"{path.stem}.superseded.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in moved)
     write_text_atomic(path, "".join(line + "\n" for line in kept))
-    return len(moved)
+    return attempt
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

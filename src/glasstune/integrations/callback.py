@@ -10,7 +10,6 @@ clipped: a positive factor makes no gradient zero or None.
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -27,7 +26,7 @@ from glasstune.audit.report import AuditReport
 from glasstune.core.errors import InputError
 from glasstune.core.findings import Finding
 from glasstune.core.gradients import ParameterAudit
-from glasstune.integrations.audits import FILE, Audits, supersede
+from glasstune.integrations.audits import FILE, Audits
 from glasstune.integrations.refusals import (
     check_mode,
     explained,
@@ -37,7 +36,7 @@ from glasstune.integrations.refusals import (
     refuse_hidden_gradients,
 )
 from glasstune.integrations.term_loss import listener
-from glasstune.integrations.watch import GradientWatch, to_host
+from glasstune.integrations.watch import GradientWatch, norm_numbers, to_host
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
     from glasstune.core.batch import MicroBatch
 
 Mode = Literal["stop", "warn", "off"]
-PREFIX = "glasstune"
 log = logging.getLogger("glasstune")
 _on_model: WeakKeyDictionary[nn.Module, ref[GlasstuneCallback]] = WeakKeyDictionary()
 """Whose hooks are on a model. A training that was interrupted leaves them there."""
@@ -109,7 +107,7 @@ class GlasstuneCallback(TrainerCallback):
         self._sums: dict[str, Tensor] = {}
         self._window: dict[str, Tensor] = {}
         self._updates = 0
-        self._zeros = 0
+        self._rows: list[list[float]] = []
         self._skip = False
         self._compiled = False
 
@@ -186,9 +184,8 @@ class GlasstuneCallback(TrainerCallback):
         if not parameters:
             self._report([nothing_trained(self.first_step_gate)], state)
         path = self.output or Path(args.output_dir or ".") / FILE
-        self._audits = Audits(path, self.every_n_steps, here=state.is_world_process_zero)
-        if state.is_world_process_zero:
-            supersede(path, state.global_step)
+        here = state.is_world_process_zero
+        self._audits = Audits(path, self.every_n_steps, here, state.global_step)
         self._watch = GradientWatch(model, parameters, self._backward_ended)
         if self.first_step_gate != "off":
             self._gate = FirstStepGate(
@@ -286,8 +283,7 @@ class GlasstuneCallback(TrainerCallback):
             name: None if largest < 0 else norm
             for name, (norm, largest) in zip(self._names, rows, strict=True)
         }
-        # Not by the norm: it is 0 for 1e-30 in fp32.
-        self._zeros = sum(largest == 0 for _, largest in rows)
+        self._rows = rows
         bad = [
             name
             for name, (_, largest) in zip(self._names, rows, strict=True)
@@ -305,8 +301,15 @@ class GlasstuneCallback(TrainerCallback):
             self._skip = True
             return
         if self.non_finite != "off":
-            found = not_finite(step, bad, bad_losses, len(self._names), self.non_finite, clipped)
-            self._report([found], state)
+            story = "" if self._audits is None else self._audits.story(step)
+            self._report(
+                [
+                    not_finite(
+                        step, self.non_finite, bad, bad_losses, len(self._names), clipped, story
+                    )
+                ],
+                state,
+            )
 
     def on_optimizer_step(
         self,
@@ -342,8 +345,9 @@ class GlasstuneCallback(TrainerCallback):
         """Adds a few numbers to the Trainer's log of a training step."""
         if logs is None or "loss" not in logs or self._watch is None or not self._updates:
             return
-        extra = _norm_numbers(self.norms, self._zeros)
-        extra.update(self._term_means(args))
+        extra = {**norm_numbers(self._rows), **self._term_means(args)}
+        if self._audits is not None:
+            self._audits.write_norms(state.global_step, self._names, torch.tensor(self._rows))
         logs.update(extra)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(extra)
@@ -399,16 +403,3 @@ def _learning_rate(optimizer: Optimizer) -> float:
     known = [float(rate) for rate in rates if rate is not None]
     # An optimiser that sets its own rate has none here; any above zero says that it moves.
     return max(known) if known else 1e-3
-
-
-def _norm_numbers(norms: Mapping[str, float | None], zeros: int) -> dict[str, float]:
-    """Four numbers about the gradients of all trained tensors."""
-    values = [norm for norm in norms.values() if norm is not None]
-    numbers = {
-        f"{PREFIX}/tensors_without_gradient": float(len(norms) - len(values)),
-        f"{PREFIX}/tensors_with_zero_gradient": float(zeros),
-    }
-    if values:
-        numbers[f"{PREFIX}/grad_norm/median"] = statistics.median(values)
-        numbers[f"{PREFIX}/grad_norm/max"] = max(values)
-    return numbers

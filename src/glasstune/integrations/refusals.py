@@ -68,17 +68,24 @@ def nothing_trained(mode: str) -> Finding:
 
 
 def not_finite(
-    step: int, bad: Sequence[str], losses: Mapping[str, float], total: int, mode: str, clipped: bool
+    step: int,
+    mode: str,
+    bad: Sequence[str],
+    losses: Mapping[str, float],
+    total: int,
+    clipped: bool,
+    story: str,
 ) -> Finding:
     """The finding of a NaN or Inf.
 
     Args:
         step: Of the update.
+        mode: `stop` or `warn`.
         bad: Tensors whose gradient is not finite.
         losses: Term -> value, of those that are not finite; "" = the model's own loss.
         total: Number of trained tensors.
-        mode: `stop` or `warn`.
         clipped: Whether the gradients were read after clipping.
+        story: Where the audit saw it begin, or nothing.
     """
     parts = []
     for name, value in losses.items():
@@ -87,11 +94,14 @@ def not_finite(
         some = ", ".join(bad[:6]) + (f" and {len(bad) - 6} more" if len(bad) > 6 else "")
         spread = " (read after clipping, which spreads a NaN to all)" if clipped else ""
         parts.append(f"the gradient of {len(bad)} of {total} tensors is not finite: {some}{spread}")
+    if story:
+        parts.append(story)
+    text = "; ".join(parts)
     return Finding(
         "non_finite_loss" if losses else "non_finite_gradient",
         "error" if mode == "stop" else "warning",
         bad[0] if bad else next(iter(losses)),
-        f"step {step}: " + "; ".join(parts) if mode == "warn" else "; ".join(parts),
+        f"step {step}: {text}" if mode == "warn" else text,
         "look at this update's rows (a batch without a trained label gives NaN), the learning rate "
         "and the precision; the weights are still those before this update",
     )

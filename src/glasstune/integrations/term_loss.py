@@ -242,7 +242,7 @@ def _value(term: Term, outputs: Any, labels: Tensor | None, count: Tensor | int 
             )
         else:
             result = term.function(outputs, labels)
-    except RunError:
+    except (RunError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise RunError(

@@ -8,6 +8,7 @@ fires as a backward begins and asks autograd to call back when it has ended.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -118,3 +119,21 @@ def to_host(measured: Tensor, values: Sequence[Tensor]) -> tuple[list[list[float
     numbers: list[float] = torch.cat([measured.reshape(-1), *flat]).tolist()
     cut = measured.numel()
     return [numbers[at : at + 2] for at in range(0, cut, 2)], numbers[cut:]
+
+
+def norm_numbers(rows: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Four numbers about the gradients of all trained tensors.
+
+    Args:
+        rows: 2-norm and largest magnitude of each, as `live_norms` has them.
+    """
+    norms = [norm for norm, largest in rows if not largest < 0]
+    numbers = {
+        "glasstune/tensors_without_gradient": float(len(rows) - len(norms)),
+        # Not by the norm: in fp32 that of 1e-30 is 0.
+        "glasstune/tensors_with_zero_gradient": float(sum(largest == 0 for _, largest in rows)),
+    }
+    if norms:
+        numbers["glasstune/grad_norm/median"] = statistics.median(norms)
+        numbers["glasstune/grad_norm/max"] = max(norms)
+    return numbers
