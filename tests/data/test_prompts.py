@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from chat_tokenizers import TEMPLATES, chat_tokenizer
 from conversations import render_row
@@ -11,6 +9,7 @@ from fuzz import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glasstune.data.places import Places, tokenise_texts
 from glasstune.data.prompts import Prompts
 from glasstune.data.template import resolve_template
 
@@ -24,10 +23,7 @@ def test_prompts_have_the_ids_of_the_tokenizer(style: str, turns: list[tuple[str
     tokenizer = chat_tokenizer(style)
     template = resolve_template(tokenizer, None, {})
     rows = [row for row in [render_row(template, turns)] if row is not None]
-    encoded: list[Any] = []
-    for row in rows:
-        found = tokenizer(row.text, add_special_tokens=False, return_offsets_mapping=True)
-        encoded.append((found["input_ids"], found["offset_mapping"]))
+    encoded = tokenise_texts(tokenizer, [row.text for row in rows])
     prompts = Prompts.of(template)
     expected = [tokenizer(row.prompt, add_special_tokens=False)["input_ids"] for row in rows]
     assert prompts.encode(rows, encoded) == expected
@@ -39,8 +35,7 @@ def test_most_prompts_are_not_tokenised_again(monkeypatch: pytest.MonkeyPatch) -
     template = resolve_template(chat_tokenizer("chatml"), None, {})
     row = render_row(template, [("why?", "so"), ("and then?", "this")])
     assert row is not None
-    found = template.tokenizer(row.text, add_special_tokens=False, return_offsets_mapping=True)
-    encoded = [(found["input_ids"], found["offset_mapping"])]
+    encoded = tokenise_texts(template.tokenizer, [row.text])
     prompts = Prompts.of(template)
     prompts.encode([row], encoded)
     asked: list[str] = []
@@ -59,3 +54,24 @@ def test_a_token_that_takes_blanks_is_no_cut() -> None:
     template = resolve_template(tokenizer, None, {})
     assert "<wide>" not in Prompts.of(template).tokens
     assert "<|im_start|>" in Prompts.of(template).tokens
+
+
+@pytest.mark.parametrize("style", [*TEMPLATES, None])
+@settings(max_examples=examples(40), deadline=None)
+@given(text=texts, ends=st.tuples(st.integers(0, 24), st.integers(0, 24)))
+def test_places_are_those_of_the_list_of_offsets(
+    style: str | None, text: str, ends: tuple[int, int]
+) -> None:
+    tokenizer = chat_tokenizer(style)
+    (tokens,) = tokenise_texts(tokenizer, [text])
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    listed = Places(found["offset_mapping"])
+    assert tokens.ids == found["input_ids"]
+    assert tokens.places is not None
+    start, end = sorted(min(end, len(text)) for end in ends)
+    assert tokens.places.first(start) == listed.first(start)
+    assert tokens.places.behind(end) == listed.behind(end)
+    assert tokens.places.token_at(start, end) == listed.token_at(start, end)
+    assert [tokens.places.start(k) for k in range(len(tokens.ids))] == [
+        start for start, _ in found["offset_mapping"]
+    ]

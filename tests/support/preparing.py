@@ -31,6 +31,8 @@ def prepare(
     keep_columns: bool = False,
     choices: Choices | None = None,
     base_folder: Path = Path("."),
+    processes: int | None = None,
+    stop: bool = True,
     **options: Any,
 ) -> PreparedData:
     if isinstance(sources, (str, Path)):
@@ -47,6 +49,8 @@ def prepare(
         keep_columns=keep_columns,
         choices=Choices() if choices is None else choices,
         base_folder=base_folder,
+        processes=processes,
+        stop=stop,
     )
 
 

@@ -10,7 +10,8 @@ from glasstune.core.batch import IGNORED
 from glasstune.data.baichuan2 import baichuan2_encode, check_baichuan2
 from glasstune.data.errors import RowError, refuse
 from glasstune.data.formats import Example
-from glasstune.data.prompts import Offsets, Prompts
+from glasstune.data.places import Places, Tokens, tokenise_texts
+from glasstune.data.prompts import Prompts
 from glasstune.data.roles import Message
 from glasstune.data.spans import Rendered, Tools, find_spans
 from glasstune.data.template import ChatTemplate, TrainOn, marked_spans
@@ -148,7 +149,7 @@ def _chats(
         return _baichuan2(template, examples, train_on)
     rendered = [_rendered(template, example) for example in examples]
     good = [row for row in rendered if isinstance(row, Rendered)]
-    encoded_texts = _with_offsets(template.tokenizer, [row.text for row in good])
+    encoded_texts = tokenise_texts(template.tokenizer, [row.text for row in good])
     prompts = iter(Prompts.of(template).encode(good, encoded_texts))
     tokens = iter(encoded_texts)
     rows: list[Encoded | RowError] = []
@@ -156,9 +157,8 @@ def _chats(
         if isinstance(row, RowError):
             rows.append(row)
             continue
-        ids, offsets = next(tokens)
         try:
-            encoded = _label(template, row, ids, offsets, next(prompts), train_on)
+            encoded = _label(template, row, next(tokens), next(prompts), train_on)
             encoded.silent_tools = bool(example.tools) and not template.traits.renders_tools
             rows.append(encoded)
         except RowError as error:
@@ -178,43 +178,24 @@ def _rendered(template: ChatTemplate, example: Example) -> Rendered | RowError:
         return error
 
 
-def _with_offsets(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str]
-) -> list[tuple[list[int], Offsets | None]]:
-    """Returns ids and, where the tokenizer has them, character offsets."""
-    if not texts:
-        return []
-    if not tokenizer.is_fast:
-        return [(ids, None) for ids in encode_plain(tokenizer, texts)]
-    found = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
-
-
 def _label(
     template: ChatTemplate,
     row: Rendered,
-    ids: list[int],
-    offsets: Offsets | None,
+    tokens: Tokens,
     prompt: list[int],
     train_on: TrainOn,
 ) -> Encoded:
     """Turns character spans into labels, with the last prompt's ids as generation has them."""
     tokenizer = template.tokenizer
     split = False
-    if ids[: len(prompt)] != prompt and row.text.startswith(row.prompt):
-        apart = _apart(tokenizer, row.text, len(row.prompt), ids)
+    if tokens.ids[: len(prompt)] != prompt and row.text.startswith(row.prompt):
+        apart = _apart(tokenizer, row.text, len(row.prompt), tokens.ids)
         split = apart is not None
-        ids, offsets = apart or (ids, offsets)
-    spans = [_token_span(tokenizer, row.text, ids, offsets, start, end) for start, end in row.spans]
-    joined = offsets is not None and any(
-        first < last and offsets[first][0] < start
+        tokens = apart or tokens
+    ids, places = tokens.ids, tokens.places
+    spans = [_token_span(tokenizer, row.text, tokens, start, end) for start, end in row.spans]
+    joined = places is not None and any(
+        first < last and places.start(first) < start
         for (first, last), (start, _) in zip(spans, row.spans, strict=True)
     )
     drifted = row.drifted > 0 or joined or ids[: spans[-1][0]] != prompt
@@ -227,23 +208,24 @@ def _label(
 
 def _apart(
     tokenizer: PreTrainedTokenizerBase, text: str, border: int, joined: list[int]
-) -> tuple[list[int], Offsets | None] | None:
+) -> Tokens | None:
     """Tokenises a prompt and its answer apart, where they still spell the same text.
 
     A byte-level tokenizer with GPT-2's word rule reads the two line breaks at the end of Llama 3's
     prompt as one token, and as two when a word follows. Generation starts after the one.
 
     Returns:
-        Ids and offsets, or None where the parts do not join to the text (a tokenizer that puts a
+        Tokens, or None where the parts do not join to the text (a tokenizer that puts a
         space before every text).
     """
-    (prompt, left), (answer, right) = _with_offsets(tokenizer, [text[:border], text[border:]])
-    ids = prompt + answer
+    prompt, answer = tokenise_texts(tokenizer, [text[:border], text[border:]])
+    ids = prompt.ids + answer.ids
     if tokenizer.decode(ids) != tokenizer.decode(joined):
         return None
-    if left is None or right is None:
-        return ids, None
-    return ids, [*left, *((start + border, stop + border) for start, stop in right)]
+    if prompt.places is None or answer.places is None:
+        return Tokens(ids, None)
+    moved = ((start + border, stop + border) for start, stop in answer.places.offsets)
+    return Tokens(ids, Places([*prompt.places.offsets, *moved]))
 
 
 def _labels(ids: list[int], spans: Sequence[tuple[int, int]], train_on: TrainOn) -> list[int]:
@@ -258,8 +240,7 @@ def _labels(ids: list[int], spans: Sequence[tuple[int, int]], train_on: TrainOn)
 def _token_span(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-    ids: list[int],
-    offsets: Offsets | None,
+    tokens: Tokens,
     start: int,
     end: int,
 ) -> tuple[int, int]:
@@ -269,15 +250,14 @@ def _token_span(
         RowError: The tokenizer gives no offsets, and tokenises the text before the span in
             another way alone.
     """
-    if offsets is not None:
+    if tokens.places is not None:
         # Offsets may leave out spaces around a token, so only their order is relied upon.
-        first = next((k for k, (_, stop) in enumerate(offsets) if stop > start), len(ids))
-        last = next((k for k in range(len(ids) - 1, -1, -1) if offsets[k][0] < end), -1) + 1
-        return first, max(first, last)
+        first = tokens.places.first(start)
+        return first, max(first, tokens.places.behind(end))
     places: list[int] = []
     for at in (start, end):
         before = encode_plain(tokenizer, [text[:at]])[0]
-        if ids[: len(before)] != before:
+        if tokens.ids[: len(before)] != before:
             refuse(
                 "template_span",
                 "the tokenizer joins text across the border of an assistant turn, and gives no "

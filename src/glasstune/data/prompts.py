@@ -10,12 +10,12 @@ the same for every row. Whether a tokenizer keeps to this is tried out once.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from glasstune.data.places import Tokens
 from glasstune.data.spans import Rendered
 from glasstune.data.tokenizer import encode_plain
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from glasstune.data.template import ChatTemplate
-
-Offsets = Sequence[tuple[int, int]]
-Tokens = tuple[list[int], Offsets | None]
 
 _SAMPLES = ("why", "Why not? 12,3 ", " a\n\nb\t", "\u4e8c\u00e9\n", "x" * 40 + " \n ")
 
@@ -56,31 +53,29 @@ class Prompts:
 
         Args:
             rows: The conversations.
-            texts: Ids and offsets of their whole texts.
+            texts: Their whole texts.
         """
-        found = [self._shared(row, *tokens) for row, tokens in zip(rows, texts, strict=True)]
+        found = [self._shared(row, tokens) for row, tokens in zip(rows, texts, strict=True)]
         alone = [row.prompt for row, ids in zip(rows, found, strict=True) if ids is None]
         rest = iter(encode_plain(self.tokenizer, alone))
         return [next(rest) if ids is None else ids for ids in found]
 
-    def _shared(self, row: Rendered, ids: list[int], offsets: Offsets | None) -> list[int] | None:
+    def _shared(self, row: Rendered, whole: Tokens) -> list[int] | None:
         """Returns a prompt's ids where they can be taken from the whole text's, else None."""
-        if offsets is None or not self.tokens or not row.text.startswith(row.prompt):
+        if whole.places is None or not self.tokens or not row.text.startswith(row.prompt):
             return None
         at, token = self._last_token(row.prompt)
         if at <= 0:
             return None
-        first = bisect_left(offsets, (at, at))
-        if first == len(ids) or ids[first] != self.tokens[token]:
-            return None
-        if tuple(offsets[first]) != (at, at + len(token)):
+        first = whole.places.token_at(at, at + len(token))
+        if first is None or whole.ids[first] != self.tokens[token]:
             return None
         ending = row.prompt[at:]
         if ending not in self.endings:
             if len(self.endings) > 1000:  # endings that hold text: nothing to gain
                 return None
             self.endings[ending] = encode_plain(self.tokenizer, [ending])[0]
-        return ids[:first] + self.endings[ending]
+        return whole.ids[:first] + self.endings[ending]
 
     def _last_token(self, prompt: str) -> tuple[int, str]:
         # Endings are short; a token further ahead would leave text to be tokenised anyway.

@@ -42,13 +42,35 @@ class Row:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-def spans_of(ids: IntArray, labels: IntArray) -> tuple[IntArray, IntArray]:
-    """Returns (start, end) pairs where the label is the id, and (place, label) pairs elsewhere."""
+def spans_of(
+    ids: IntArray, labels: IntArray, ends: NDArray[np.int64]
+) -> tuple[tuple[IntArray, IntArray], tuple[IntArray, IntArray]]:
+    """Takes the labels of many rows apart.
+
+    Args:
+        ids: Of all rows, one after the other.
+        labels: The same.
+        ends: Where each row ends, starting with 0.
+
+    Returns:
+        Two lists of lists, each as its values and the ends of each row's part: (start, end) pairs
+        where the label is the id, and (place, label) pairs where it is another one. Places count
+        from the row's start.
+    """
     own = labels == ids
-    edges = np.flatnonzero(np.diff(own, prepend=False, append=False))
+    first = np.zeros(len(ids) + 1, dtype=bool)
+    first[ends] = True
+    starts = np.flatnonzero(own & (first[:-1] | ~np.roll(own, 1)))
+    stops = np.flatnonzero(own & (first[1:] | ~np.roll(own, -1))) + 1
     places = np.flatnonzero(~own & (labels != IGNORED))
-    other = np.stack([places, labels[places]], axis=1).reshape(-1)
-    return edges.astype(np.int32), other.astype(np.int32)
+    base = ends[np.searchsorted(ends, starts, side="right") - 1]
+    spans = np.stack([starts - base, stops - base], axis=1).reshape(-1).astype(np.int32)
+    base = ends[np.searchsorted(ends, places, side="right") - 1]
+    other = np.stack([places - base, labels[places]], axis=1).reshape(-1).astype(np.int32)
+    return (
+        (spans, 2 * np.searchsorted(starts, ends).astype(np.int32)),
+        (other, 2 * np.searchsorted(places, ends).astype(np.int32)),
+    )
 
 
 def labels_of(ids: IntArray, spans: IntArray, other: IntArray) -> IntArray:
@@ -67,13 +89,20 @@ def to_batch(rows: Sequence[Row], *, keep_columns: bool) -> pa.RecordBatch:
         rows: The rows.
         keep_columns: Whether their columns are written, as JSON; in memory they stay as they are.
     """
-    parts = [spans_of(row.ids, row.labels) for row in rows]
-    trained = [int((row.labels[1:] != IGNORED).sum()) for row in rows]
+    ends = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row.ids) for row in rows], out=ends[1:])
+    empty = [np.zeros(0, dtype=np.int32)]
+    ids = np.concatenate([row.ids for row in rows] or empty)
+    labels = np.concatenate([row.labels for row in rows] or empty)
+    spans, other = spans_of(ids, labels, ends)
+    seen = labels != IGNORED
+    seen[ends[:-1]] = False  # nothing comes before the first position that could predict it
+    sums = np.concatenate([[0], np.cumsum(seen)])
     arrays: dict[str, pa.Array] = {
-        "ids": _lists([row.ids for row in rows]),
-        "spans": _lists([spans for spans, _ in parts]),
-        "other": _lists([other for _, other in parts]),
-        "trained": pa.array(trained, pa.int32()),
+        "ids": _lists(ids, ends.astype(np.int32)),
+        "spans": _lists(*spans),
+        "other": _lists(*other),
+        "trained": pa.array(np.diff(sums[ends]).astype(np.int32)),
         "origin": pa.array([row.origin for row in rows], pa.string()),
         "key": pa.array([row.key for row in rows], pa.binary(KEY_BYTES)),
     }
@@ -83,11 +112,8 @@ def to_batch(rows: Sequence[Row], *, keep_columns: bool) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
 
 
-def _lists(parts: Sequence[IntArray]) -> pa.ListArray:
-    ends = np.zeros(len(parts) + 1, dtype=np.int32)
-    np.cumsum([len(part) for part in parts], out=ends[1:])
-    values = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values.astype(np.int32, copy=False)))
+def _lists(values: IntArray, ends: IntArray) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
 
 
 def batch_bytes(batch: pa.RecordBatch) -> pa.Buffer:

@@ -8,7 +8,6 @@ does not depend on the order of the rows, and all rows of one text go to the sam
 from __future__ import annotations
 
 import hashlib
-import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -17,14 +16,13 @@ from numpy.typing import NDArray
 
 from glasstune.data.packing import shuffled
 
-_SPACES = re.compile(r"\s+")
-
 
 def text_key(texts: Sequence[str]) -> bytes:
     """Returns 16 bytes that are equal for equal normalised texts."""
     digest = hashlib.blake2b(digest_size=16)
     for text in texts:
-        plain = _SPACES.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+        folded = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+        plain = " ".join(folded.split())
         digest.update(plain.encode("utf-8", "surrogatepass") + b"\x00")
     return digest.digest()
 

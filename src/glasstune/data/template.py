@@ -5,10 +5,11 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from glasstune.core.errors import InputError
 from glasstune.core.files import write_json_atomic
@@ -79,7 +80,9 @@ class ChatTemplate:
         Raises:
             RowError: The template refuses it; carries the template's own words.
         """
-        compiled = None if tools or not _is_plain(messages) else self._compiled()
+        plain = not tools and _is_plain(messages)
+        own = cast(Hashable, type(self.tokenizer))
+        compiled = _compiled(own, self.source[0]) if plain else None
         if compiled is None:
             rendered: str = self.apply(
                 messages, tools, add_generation_prompt=generation, tokenize=False
@@ -98,17 +101,6 @@ class ChatTemplate:
             )
         except Exception as error:
             raise _refused(error) from error
-
-    def _compiled(self) -> Any:
-        """Returns the compiled template, or None where the tokenizer renders in its own way."""
-        from transformers import PreTrainedTokenizerBase
-        from transformers.utils import chat_template_utils
-
-        own = type(self.tokenizer).apply_chat_template
-        if own is not PreTrainedTokenizerBase.apply_chat_template:
-            return None
-        compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
-        return compile_template and compile_template(self.source[0])
 
     def apply(self, messages: Sequence[Message], tools: Tools, **options: Any) -> Any:
         """Calls `apply_chat_template` with this template, its variables and `options`.
@@ -186,6 +178,19 @@ class ChatTemplate:
         finally:
             self.tokenizer.chat_template = kept
         write_json_atomic(folder / TEMPLATE_FILE, self.to_dict())
+
+
+@lru_cache
+def _compiled(tokenizer: Hashable, source: str) -> Any:
+    """Returns a compiled template, or None where the tokenizer renders in its own way."""
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils import chat_template_utils
+
+    own = getattr(tokenizer, "apply_chat_template", None)
+    if own is not PreTrainedTokenizerBase.apply_chat_template:
+        return None
+    compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+    return compile_template and compile_template(source)
 
 
 def _is_plain(messages: Sequence[Message]) -> bool:
