@@ -407,6 +407,23 @@ def test_two_trainers_in_one_process_keep_apart(tmp_path: Path) -> None:
     assert "loss/next_token" not in third.state.log_history[0]
 
 
+def test_a_training_that_broke_off_in_its_backward_hears_no_other(tmp_path: Path) -> None:
+    model = tiny_lora()
+
+    def stop(gradient):
+        raise KeyboardInterrupt
+
+    model.get_parameter(Q_B).register_hook(stop)
+    callback = gt.GlasstuneCallback()
+    loss = gt.term_loss({"next_token": 1.0})
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path / "first", model=model, loss=loss, callbacks=[callback]).train()
+    heard = dict(callback._sums)
+    assert set(heard) == {"next_token"}
+    make_trainer(tmp_path / "second", loss=gt.term_loss({"z_loss": 1.0})).train()
+    assert callback._sums == heard
+
+
 def test_the_class_itself_can_be_given(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, callbacks=[gt.GlasstuneCallback], max_steps=1)
     trainer.train()
