@@ -42,14 +42,14 @@ def seed_rows() -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, *, rows: int | None = None, size: int | None = None) -> int:
-    """Writes JSONL of a number of rows or bytes; returns the rows."""
+    """Writes JSONL of a number of rows, or of bytes at about 500 a row; returns the rows."""
     source, chosen, count, written = seed_rows(), random.Random(1), 0, 0
     words = sorted({word for row in source for word in row["output"].split()})
     with path.open("w", encoding="utf-8") as file:
         while (rows is not None and count < rows) or (size is not None and written < size):
             row = source[count % len(source)]
             # About half of the answer is exchanged, so that caches of words help as in life.
-            answer = row["output"].split(" ")
+            answer = row["output"].split(" ")[: 60 if size is not None else None]
             for place in range(0, len(answer), 2):
                 answer[place] = chosen.choice(words)
             line = json.dumps(

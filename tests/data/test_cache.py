@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def test_after_a_kill_finished_pieces_are_used(
 
 @pytest.mark.slow(reason="kills the command with its workers at random moments")
 def test_kills_at_any_moment_leave_the_same_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in alpaca(4000)))
@@ -306,17 +307,13 @@ def test_kills_at_any_moment_leave_the_same_rows(
         f"print(prepare(Path({str(path)!r}), processes=2).fingerprint)"
     )
     command = [sys.executable, "-c", script]
-    kills = 0
-    for wait in np.random.default_rng(0).uniform(1.5, 6.0, 8).tolist():
-        running = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
-        try:
-            running.wait(wait)
-            break
-        except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)
-            running.wait()
-            kills += 1
-    assert kills
+    for pieces in (3, 20, 45):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as run:
+            while len(list(cache.rglob("*.arrow"))) < pieces:
+                assert run.poll() is None
+                time.sleep(0.002)
+            os.killpg(run.pid, signal.SIGKILL)
+        assert not list(cache.rglob("complete.json"))
     resumed = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
     monkeypatch.setenv("GLASSTUNE_CACHE", str(tmp_path / "fresh"))
     assert subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout == resumed

@@ -103,8 +103,9 @@ def _parts(content: Any, where: str) -> str:
         return as_text(content, where)
     texts: list[str] = []
     for part in content:
-        kind = part.get("type", "text") if isinstance(part, Mapping) else kind_of(part)
-        if kind != "text" or not isinstance(part.get("text"), str):
+        given = isinstance(part, Mapping)
+        kind = part.get("type", "text") if given else f"{kind_of(part)} and no object"
+        if not given or kind != "text" or not isinstance(part.get("text"), str):
             refuse("not_text", f"{where} holds a part of type {kind!r}; only text can be trained")
         texts.append(as_text(part["text"], where))
     return "".join(texts)
