@@ -114,7 +114,7 @@
 
   function document_(row, each, index) {
     const title = el("h4", {},
-      el("b", {}, `${index + 1}`), el("code", {}, each.origin || "no origin"), el("span", {}, each.source),
+      el("b", {}, `Document ${index + 1}`), el("code", {}, each.origin || "no origin"), el("span", {}, each.source),
       el("span", {}, `positions ${commas(each.start)} to ${commas(each.end - 1)}`),
       el("span", {}, `${commas(each.end - each.start)} tokens, ${commas(each.trained)} trained`));
     return el("section", { class: "doc" }, title,
@@ -157,19 +157,18 @@
 
   const seen = (span) => span.getClientRects().length > 0;
 
+  const middle = (box) => (box.top + box.bottom) / 2;
+
   /* The token in the line above or below that lies nearest. */
   function across(list, from, down) {
     const own = from.getClientRects()[0];
-    let best = null;
-    let nearest = Infinity;
-    for (const span of list) {
+    const lines = list.map((span) => {
       const at = span.getClientRects()[0];
-      const apart = down ? at.top - own.top : own.top - at.top;
-      if (apart < 4) continue;
-      const distance = apart * 1000 + Math.abs(at.left - own.left);
-      if (distance < nearest) [best, nearest] = [span, distance];
-    }
-    return best;
+      return { span, apart: (middle(at) - middle(own)) * (down ? 1 : -1), aside: Math.abs(at.left - own.left) };
+    }).filter((each) => each.apart > own.height / 2);
+    const next = Math.min(...lines.map((each) => each.apart)) + own.height / 2;
+    const line = lines.filter((each) => each.apart < next);
+    return line.reduce((best, each) => (!best || each.aside < best.aside ? each : best), null)?.span;
   }
 
   function keydown(event) {
