@@ -410,10 +410,11 @@ def test_two_trainers_in_one_process_keep_apart(tmp_path: Path) -> None:
 def test_a_training_that_broke_off_in_its_backward_hears_no_other(tmp_path: Path) -> None:
     model = tiny_lora()
 
-    def stop(gradient):
+    def stop(parameter):
         raise KeyboardInterrupt
 
-    model.get_parameter(Q_B).register_hook(stop)
+    # Runs in the Trainer's own backward alone, not where the audit asks for gradients.
+    model.get_parameter(Q_B).register_post_accumulate_grad_hook(stop)
     callback = gt.GlasstuneCallback()
     loss = gt.term_loss({"next_token": 1.0})
     with pytest.raises(KeyboardInterrupt):
