@@ -11,8 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from glasstune.audit.gradient_audit import GradientAudit
 from glasstune.audit.reach import walk
 
-# torch's own, for any compiled function with an input that is no leaf.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+pytestmark = [
+    # torch's own, for any compiled function with an input that is no leaf.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    # torch 2.11's own, as its compiler is imported.
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+]
 
 
 class Block(nn.Module):

@@ -27,7 +27,26 @@ def test_stats(dtype: torch.dtype, bad: bool, monkeypatch: pytest.MonkeyPatch) -
     assert found.zero_fraction == pytest.approx(1 / 45)
     assert (found.nan, found.inf) == ((1, 2) if bad else (0, 0))
     assert found.finite is not bad
-    assert norms._masked(x.reshape(-1)).tolist()[1:] == tensor_stats(x).tolist()[1:]
+    # What a GPU takes: rows of one size together, in a second form of the same numbers.
+    pair = torch.stack([x.reshape(-1), x.reshape(-1) * 2])
+    rows = norms._masked(pair)
+    assert rows.shape == (2, 5)
+    for row, one in zip(rows, pair, strict=True):
+        assert row.tolist() == pytest.approx(tensor_stats(one).tolist(), rel=1e-6)
+
+
+@pytest.mark.gpu
+def test_many_on_a_gpu_are_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setattr(norms, "CHUNK", 100)
+    torch.manual_seed(0)
+    shapes = [(3, 4), (12,), (7, 20), (2, 6), (0,), (5, 5), (1,)]
+    tensors = [torch.randn(shape, device="cuda") for shape in shapes]
+    tensors[3][0, 0] = float("nan")
+    tensors.append(torch.randn(3, 4, device="cuda").bfloat16())
+    for tensor, row in zip(tensors, norms.many_stats(tensors), strict=True):
+        assert row.tolist() == pytest.approx(tensor_stats(tensor.cpu()).tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20])

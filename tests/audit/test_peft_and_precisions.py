@@ -26,7 +26,7 @@ def recompute_layers(model, reentrant: bool) -> None:
 
 
 def terms(model):
-    logits = model(input_ids=IDS).logits.float()
+    logits = model(input_ids=IDS.to(model.device)).logits.float()
     nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     return {"nll": (1.0, nll), "z": (0.01, logits.logsumexp(-1).square().mean())}
 
@@ -123,7 +123,7 @@ def test_kl_to_base_alone_is_at_its_minimum(tiny_llama: Path) -> None:
     """Teacher and student in one forward, so that their difference is exactly zero."""
     model = adapted(tiny_llama)
     with GradientAudit(model) as audit:
-        logits = model(input_ids=IDS).logits.double().log_softmax(-1)
+        logits = model(input_ids=IDS.to(model.device)).logits.double().log_softmax(-1)
         base = logits.detach()
         loss = (logits - base).square().sum()
         audit.combine({"kl": (1.0, loss)}).backward()
@@ -138,7 +138,7 @@ def test_a_disabled_adapter(tiny_llama: Path) -> None:
     model = adapted(tiny_llama)
     with GradientAudit(model) as audit:
         with model.disable_adapter():
-            model(input_ids=IDS)
+            model(input_ids=IDS.to(model.device))
         model.lm_head.weight.requires_grad_(True)
         audit.combine(terms(model)).backward()
     assert all(row.status != "none" for row in audit.report.parameters)

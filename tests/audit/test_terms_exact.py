@@ -305,3 +305,35 @@ def test_keep_nothing_keeps_gram_only() -> None:
     audit = audit_step(model, keep=())
     torch.testing.assert_close(audit.gram("head"), audit_step(Net()).gram("head"))
     assert all(not watched.gradients for watched in audit._session.watched.values())
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("with_terms", [True, False])
+@pytest.mark.parametrize("held", [True, False])
+def test_what_is_left_alone_is_read_at_the_end(
+    micro_batches: int, with_terms: bool, held: bool
+) -> None:
+    """Fewer passes over the gradients, the same record: also where `.grad` was there before."""
+
+    def record(left_alone: bool) -> dict:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        if held:
+            net(torch.ones(1, 4)).sum().backward()
+        with GradientAudit(net, left_alone=left_alone) as audit:
+            for _ in range(micro_batches):
+                out = net(torch.randn(3, 4))
+                loss, other = out.square().mean(), out.abs().mean()
+                if with_terms:
+                    audit.terms({"a": (1.0, loss), "b": (0.5, other)})
+                (loss + 0.5 * other).backward()
+        return audit.report.to_dict()
+
+    eager, late = record(False), record(True)
+    for one, other in zip(eager["parameters"], late["parameters"], strict=True):
+        for column in ("grad_before", "increment", "grad_after"):
+            assert (one[column] is None) == (other[column] is None)
+            if one[column] is not None:
+                assert other[column]["norm"] == pytest.approx(one[column]["norm"], rel=1e-5)
+                assert other[column]["max_abs"] == pytest.approx(one[column]["max_abs"], rel=1e-5)
+    assert late["sum_check"] == pytest.approx(eager["sum_check"] or 0, abs=1e-6) or not with_terms

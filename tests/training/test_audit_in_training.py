@@ -111,8 +111,8 @@ def independent(run: Any, update: Any) -> dict[str, dict[str, Tensor]]:
     count = 0
     for batch in update.micro_batches:
         for document in batch.documents:
-            ids = torch.tensor(document.ids, dtype=torch.long)[None]
-            labels = torch.tensor(document.labels[1:], dtype=torch.long)
+            ids = torch.tensor(document.ids, dtype=torch.long, device=model.device)[None]
+            labels = torch.tensor(document.labels[1:], dtype=torch.long, device=model.device)
             keep = labels != -100
             with run.adapted.precision():
                 logits = model(input_ids=ids).logits[0, :-1][keep].float()

@@ -36,6 +36,7 @@ def take_terms(
                 where=name,
                 fix=f"the terms are: {', '.join(term.name for term in found)}",
             )
+    session.splits = split
     session.hook_unfrozen()
     reaches = [walk([term.loss]) for term in found]
     watched = [w for w in session.watched.values() if w.tensor.requires_grad]

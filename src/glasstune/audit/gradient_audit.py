@@ -57,6 +57,8 @@ class GradientAudit:
         step: Number of the update, for the record.
         frozen_values: Whether frozen parameters are summarised too (one pass over them).
         activations: Whether modules' outputs are watched for NaN and Inf.
+        left_alone: Promise that nothing changes a `.grad` between the last backward and the end
+            of the `with` (no clipping, no step): fewer passes over the gradients.
 
     Raises:
         InputError: `no_parameters`, `no_match`, `unknown_keep`; on entering `audit_nested`.
@@ -72,6 +74,7 @@ class GradientAudit:
         step: int | None = None,
         frozen_values: bool = True,
         activations: bool = True,
+        left_alone: bool = False,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -80,6 +83,7 @@ class GradientAudit:
         self.keep: frozenset[str] = frozenset((keep,) if isinstance(keep, str) else keep)
         self._frozen_values = frozen_values
         self._activations = activations
+        self._left_alone = left_alone
         self._session: Session | None = None
         self._report: AuditReport | None = None
         self._open = False
@@ -128,6 +132,7 @@ class GradientAudit:
             audited=self._audited,
             activations=self._activations,
             frozen_values=self._frozen_values,
+            left_alone=self._left_alone,
             keep_values="values" in self.keep,
             leaves=[value for group in groups for value in group["params"]],
         )

@@ -44,20 +44,51 @@ def tensor_stats(tensor: Tensor) -> Tensor:
     for start in range(0, flat.numel(), CHUNK):
         part = flat[start : start + CHUNK]
         quick = _quick(part) if part.device.type == "cpu" else None
-        found = _masked(part) if quick is None else quick
+        found = _masked(part[None])[0] if quick is None else quick
         largest = torch.maximum(total[1], found[1])
         total += found
         total[1] = largest
     return total
 
 
+def many_stats(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`tensor_stats` of many tensors.
+
+    On a GPU those of one size are looked at together: an adapter has hundreds of tensors of a
+    few sizes, and a dozen small kernels for each of them take longer than a training step.
+
+    Args:
+        tensors: n tensors, floating point.
+
+    Returns:
+        n rows, float64 [5], each on its tensor's device.
+    """
+    rows: list[Tensor | None] = [None] * len(tensors)
+    alike: dict[Hashable, list[int]] = {}
+    flat = [dense(tensor).reshape(-1) for tensor in tensors]
+    for index, part in enumerate(flat):
+        if part.device.type == "cpu" or not 0 < part.numel() <= CHUNK:
+            rows[index] = tensor_stats(tensors[index])
+        else:
+            alike.setdefault((part.device, part.dtype, part.numel()), []).append(index)
+    for places in alike.values():
+        size = max(1, CHUNK // flat[places[0]].numel())
+        for start in range(0, len(places), size):
+            chosen = places[start : start + size]
+            found = _masked(torch.stack([flat[index] for index in chosen]))
+            for index, row in zip(chosen, found.unbind(0), strict=True):
+                rows[index] = row
+    return [row for row in rows if row is not None]
+
+
 def _masked(part: Tensor) -> Tensor:
-    """The five numbers without asking the host."""
+    """The five numbers of each row without asking the host: [n, size] to float64 [n, 5]."""
     clean = torch.where(part.isfinite(), part, torch.zeros_like(part)).abs()
     # float16 and float32 squares overflow; float64 holds them all.
     wide = clean.double()
-    counts = [(part == 0).sum(), part.isnan().sum(), part.isinf().sum()]
-    return torch.stack([wide.dot(wide), wide.max(), *(count.double() for count in counts)])
+    counts = [(part == 0).sum(-1), part.isnan().sum(-1), part.isinf().sum(-1)]
+    columns = [wide.square().sum(-1), wide.amax(-1), *(count.double() for count in counts)]
+    return torch.stack(columns, -1)
 
 
 def _quick(part: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glasstune.audit.gram import combined, gram_matrix
-from glasstune.audit.norms import Gatherer, summary, tensor_stats
+from glasstune.audit.norms import Gatherer, many_stats, summary, tensor_stats
 from glasstune.audit.session import Session
 from glasstune.audit.state import Watched, grad_of
 from glasstune.core.gradients import Gram, TensorSummary
@@ -50,15 +50,16 @@ def gather(session: Session, rows: Rows) -> Numbers:
     box = Gatherer()
     entries: dict[int, int] = {}
     terms = list(session.terms)
+    after = _after(rows)
     for _, watched in rows:
         key = id(watched.tensor)
         entries[key] = watched.tensor.numel() * (2 if watched.tensor.is_complex() else 1)
         _put(box, ("value", key), session.values.get(key))
         _put(box, ("before", key), watched.before)
         _put(box, ("increment", key), watched.total if watched.total is not None else watched.first)
-        grad = grad_of(watched.tensor)
-        if grad is not None and not grad.is_meta:
-            box.put(("after", key), tensor_stats(grad))
+        _put(box, ("after", key), after.get(key))
+        if watched.arrivals and watched.first is None:
+            _put(box, ("increment", key), after.get(key))  # `.grad` was None and is left alone
         if watched.gradients:
             watched.gram = gram_matrix([watched.gradients.get(name) for name in terms])
             box.put(("gram", key), watched.gram)
@@ -70,6 +71,17 @@ def gather(session: Session, rows: Rows) -> Numbers:
         for index, (_, extremes) in enumerate(getattr(session.outputs, kind)):
             box.put((kind, index), extremes)
     return _numbers(session, box.gather(), entries, len(terms))
+
+
+def _after(rows: Rows) -> dict[int, Tensor]:
+    """Statistics of every `.grad` as it is now."""
+    held = [
+        (id(watched.tensor), grad)
+        for _, watched in rows
+        if (grad := grad_of(watched.tensor)) is not None and not grad.is_meta
+    ]
+    found = many_stats([grad for _, grad in held])
+    return {key: row for (key, _), row in zip(held, found, strict=True)}
 
 
 def _put(box: Gatherer, key: tuple[str, int], row: Tensor | None) -> None:

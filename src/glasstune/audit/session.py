@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from glasstune.audit.breaks import find_breaks
 from glasstune.audit.calls import CallLog
 from glasstune.audit.finite import OutputWatch
-from glasstune.audit.norms import tensor_stats
+from glasstune.audit.norms import many_stats
 from glasstune.audit.state import TermState, Watched, text_of
 
 SMALL_BUFFER = 1 << 16
@@ -30,6 +30,8 @@ class Session:
         frozen_values: Whether frozen parameters are summarised.
         keep_values: Whether tensors are kept as text.
         leaves: Tensors beside the model's whose `.grad` must not change (the optimiser's).
+        left_alone: Whether the caller leaves every `.grad` alone from the backward to the end of
+            the audit. What came is then read there, once, instead of tensor by tensor on arrival.
     """
 
     def __init__(
@@ -41,8 +43,11 @@ class Session:
         frozen_values: bool,
         keep_values: bool,
         leaves: Sequence[Tensor] = (),
+        left_alone: bool = False,
     ) -> None:
         self.model = model
+        self.left_alone = left_alone
+        self.splits = True
         self.leaves = leaves
         self.watched: dict[int, Watched] = {}
         self.values: dict[int, Tensor] = {}
@@ -70,9 +75,10 @@ class Session:
 
     def attach(self) -> None:
         """Sets every hook and notes values and buffers as they are."""
-        for name, tensor in self.model.named_parameters():
-            if self._audited(name):
-                self._watch(name, tensor)
+        named = [pair for pair in self.model.named_parameters() if self._audited(pair[0])]
+        for name, tensor in named:
+            self._watch(name, tensor)
+        self._note_values([tensor for _, tensor in named])
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_inference():
@@ -149,16 +155,31 @@ class Session:
             watched.texts["value"] = text_of(tensor)
         if tensor.requires_grad:
             watched.handle = self._hook(watched)
-        summable = tensor.dtype.is_floating_point or tensor.dtype.is_complex
-        if summable and not tensor.is_meta and (tensor.requires_grad or self._frozen_values):
-            self.values[id(tensor)] = tensor_stats(tensor)
+
+    def _note_values(self, tensors: Sequence[Tensor]) -> None:
+        """Summarises parameters as they are now."""
+        chosen = [
+            tensor
+            for tensor in tensors
+            if (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+            and not tensor.is_meta
+            and (tensor.requires_grad or self._frozen_values)
+        ]
+        for tensor, row in zip(chosen, many_stats(chosen), strict=True):
+            self.values[id(tensor)] = row
 
     def _hook(self, watched: Watched) -> RemovableHandle:
         def arrived(gradient: Tensor | None) -> None:
             # None: a custom backward said that it gives nothing.
             if gradient is not None and not self.muted:
                 self.arrivals += 1
-                watched.arrive(gradient, self.arrivals, bool(self.terms), self._keep_values)
+                watched.arrive(
+                    gradient,
+                    self.arrivals,
+                    has_terms=bool(self.terms) and self.splits,
+                    keep_text=self._keep_values,
+                    left_alone=self.left_alone,
+                )
 
         handle: RemovableHandle = watched.tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
         return handle
@@ -170,6 +191,7 @@ class Session:
             watched = self.watched.get(id(tensor))
             if watched is None and self._audited(name):
                 self._watch(name, tensor)
+                self._note_values([tensor])
             elif watched is not None and watched.handle is None and tensor.requires_grad:
                 watched.handle = self._hook(watched)
 

@@ -26,7 +26,7 @@ class Watched:
         order: Place of its first arrival among all arrivals.
         had: Whether `.grad` was there at the first arrival.
         before: Statistics of `.grad` then.
-        first: Statistics of the first gradient that came.
+        first: Statistics of the first gradient that came; None where it is read at the end.
         total: Statistics of all that came, where several did and no term explains them.
         base: Copy of `.grad` then; kept only without terms.
         reached: Term to what its graphs said.
@@ -56,7 +56,9 @@ class Watched:
     gram: Tensor | None = None
     texts: dict[str, str] = field(default_factory=dict)
 
-    def arrive(self, increment: Tensor, order: int, has_terms: bool, keep_text: bool) -> None:
+    def arrive(
+        self, increment: Tensor, order: int, *, has_terms: bool, keep_text: bool, left_alone: bool
+    ) -> None:
         """Notes a gradient before it is added to `.grad`.
 
         Args:
@@ -64,6 +66,7 @@ class Watched:
             order: Number of this arrival among all.
             has_terms: Whether terms were given.
             keep_text: Whether `.grad` is kept as text.
+            left_alone: Whether what came can be read from `.grad` at the end, where it was None.
         """
         self.arrivals += 1
         current = grad_of(self.tensor)
@@ -71,12 +74,13 @@ class Watched:
             self.order = order
             self.had = current is not None
             self.before = None if current is None else tensor_stats(current)
-            self.first = tensor_stats(increment)
+            if not (left_alone and current is None):
+                self.first = tensor_stats(increment)
             if current is not None and not has_terms:
                 self.base = dense(current).clone()
             if keep_text:
                 self.texts["grad_before"] = text_of(current)
-        elif not has_terms and current is not None:
+        elif not has_terms and current is not None and self.first is not None:
             total = dense(current) + dense(increment)
             self.total = tensor_stats(total if self.base is None else total - self.base)
         if has_terms:

@@ -72,6 +72,7 @@ class UpdateAudit:
             step=step,
             frozen_values=self.full,
             activations=self.full,
+            left_alone=True,  # the loop clips and steps after `after_backward`
         )
         self._audit.__enter__()
 
