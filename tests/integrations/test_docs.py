@@ -8,14 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
-from runs import missing
+from trainer_runs import need_trl
 
 import glasstune as gt
 
-try:
-    import trl  # noqa: F401
-except ImportError:
-    missing("trl")
+need_trl()
 
 PAGE = (Path(__file__).parents[2] / "docs" / "TRAINER.md").read_text(encoding="utf-8")
 

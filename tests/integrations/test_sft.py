@@ -7,17 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import missing
 from tiny import tiny_tokenizer
-from trainer_runs import arguments, checkpointing, same_bits, tiny_lora, trained
+from trainer_runs import arguments, checkpointing, need_trl, same_bits, tiny_lora, trained
 
 import glasstune as gt
 from glasstune.core.errors import RunError
 
-try:
-    import trl
-except ImportError:
-    missing("trl")
+need_trl()
+import trl  # noqa: E402
 
 # SFTConfig sets an option whose name transformers 5.24 calls old.
 pytestmark = pytest.mark.filterwarnings(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny import tiny_config
 from torch import Tensor
@@ -33,6 +36,12 @@ def tiny_base(seed: int = 0) -> Any:
             if value.dim() > 1:
                 value.mul_(4.0)
     return model
+
+
+def need_trl() -> None:
+    """Skips the calling test file where TRL is not installed; fails where everything must be."""
+    if find_spec("trl") is None and not os.environ.get("GLASSTUNE_REQUIRE"):
+        pytest.skip("trl is missing", allow_module_level=True)
 
 
 def token_rows(count: int = 24, seed: int = 1) -> list[dict[str, list[int]]]:
@@ -64,7 +73,7 @@ def arguments(folder: Path, **options: Any) -> dict[str, Any]:
     """Options of `TrainingArguments` and `SFTConfig` for a few quick updates on a CPU."""
     return {
         "output_dir": str(folder),
-        "use_cpu": True,
+        "use_cpu": not os.environ.get("GLASSTUNE_TEST_CUDA"),  # the same tests on a GPU
         "max_steps": 4,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
