@@ -65,10 +65,12 @@ class Store:
         for number, piece in enumerate(self.pieces):
             yield number, piece.open()
 
-    def keys(self) -> NDArray[np.bytes_]:
-        """Returns the text keys of all rows, S16 [rows]."""
-        parts = [shard.keys() for _, shard in self.walk()]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype="S16")
+    def keys(self) -> NDArray[np.uint64]:
+        """Returns the text keys of all rows."""
+        keys = np.zeros(len(self), dtype=np.uint64)
+        for number, shard in self.walk():
+            keys[self.starts[number] : self.starts[number + 1]] = shard.keys()
+        return keys
 
     def place(self, row: int) -> tuple[int, int]:
         """Returns the shard of a row and its place there."""
@@ -103,9 +105,9 @@ class StoredDocuments(Sequence[Document]):
         rows: Their numbers in it.
     """
 
-    def __init__(self, store: Store, rows: NDArray[np.int32] | NDArray[np.int64]) -> None:
+    def __init__(self, store: Store, rows: IntArray) -> None:
         self.store = store
-        self.rows = rows.astype(np.int32, copy=False)
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)

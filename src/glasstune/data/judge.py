@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from glasstune.core.batch import IntArray
 from glasstune.core.findings import Finding
 from glasstune.data.checks import end_missing
 from glasstune.data.documents import Store
@@ -145,7 +146,7 @@ def _own_tokens(ledger: Ledger, template: ChatTemplate, tally: Tally) -> None:
 
 
 def judge_repeats(
-    ledger: Ledger, store: Store, keys: NDArray[np.bytes_], rows: NDArray[np.int64], *, drop: bool
+    ledger: Ledger, store: Store, keys: NDArray[np.uint64], rows: IntArray, *, drop: bool
 ) -> int:
     """Notes texts that stand in several training rows.
 
@@ -159,10 +160,12 @@ def judge_repeats(
     Returns:
         Rows whose text an earlier row has.
     """
-    _, first, counts = np.unique(keys[rows], return_index=True, return_counts=True)
-    doubles = int(len(rows) - len(first))
+    ordered = np.sort(keys[rows])
+    doubles = int((ordered[1:] == ordered[:-1]).sum())
+    del ordered
     if doubles == 0:
         return 0
+    _, first, counts = np.unique(keys[rows], return_index=True, return_counts=True)
     many = np.flatnonzero(counts > 1)
     order = many[np.argsort(first[many], kind="stable")][:PLACES]
     places = [store.origin(int(rows[first[k]])) for k in order]
@@ -193,8 +196,8 @@ def judge_repeats(
 
 
 def judge_overlap(
-    ledger: Ledger, store: Store, keys: NDArray[np.bytes_], training: NDArray[np.int64],
-    validation: NDArray[np.int64],
+    ledger: Ledger, store: Store, keys: NDArray[np.uint64], training: IntArray,
+    validation: IntArray,
 ) -> None:  # fmt: skip
     """Notes validation rows whose text is also trained."""
     both = validation[np.isin(keys[validation], keys[training])]

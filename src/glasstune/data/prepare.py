@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from glasstune.core.batch import IntArray
 from glasstune.core.choices import Choices
 from glasstune.core.config import DataConfig
 from glasstune.core.facts import ModelFacts
@@ -29,8 +29,6 @@ from glasstune.data.work import Shape, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_Rows = NDArray[np.int64]
 
 
 @dataclass
@@ -160,8 +158,8 @@ class _Sides:
         doubles: Training rows whose text an earlier row has.
     """
 
-    train: _Rows
-    validation: _Rows
+    train: IntArray
+    validation: IntArray
     doubles: int
 
     @classmethod
@@ -169,8 +167,8 @@ class _Sides:
         """Leaves out doubles where asked to, and divides the rest."""
         keys = store.keys()
         border = len(config.sources)
-        train = np.flatnonzero(store.sources < border)
-        validation = np.flatnonzero(store.sources >= border)
+        train = np.flatnonzero(store.sources < border).astype(np.int32)
+        validation = np.flatnonzero(store.sources >= border).astype(np.int32)
         drop = config.duplicates == "drop"
         doubles = judge_repeats(ledger, store, keys, train, drop=drop)
         if drop:
@@ -190,7 +188,7 @@ class _Sides:
             train, validation = train[~held], train[held]
         return cls(train, validation, doubles)
 
-    def repeat(self, config: DataConfig, store: Store, seed: int) -> _Rows:
+    def repeat(self, config: DataConfig, store: Store, seed: int) -> IntArray:
         """Returns the training rows as often as each source asks for, source by source."""
         sources = store.sources[self.train]
         parts = []

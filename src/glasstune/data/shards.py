@@ -169,10 +169,11 @@ class Shard:
         with pa.memory_map(str(path)) as source:
             return cls(pa.ipc.open_file(source).get_batch(0))
 
-    def keys(self) -> NDArray[np.bytes_]:
-        """Returns a copy of all text keys, S16 [rows]."""
-        raw = b"".join(self._keys.to_pylist())
-        return np.frombuffer(raw, dtype=f"S{KEY_BYTES}")
+    def keys(self) -> NDArray[np.uint64]:
+        """Returns half of each text key: two of a million texts agree once in 30 million times."""
+        start = self._keys.offset * KEY_BYTES
+        raw = np.frombuffer(self._keys.buffers()[1], dtype="<u8", offset=start)
+        return raw[: 2 * self.rows : 2].astype(np.uint64)
 
     def origin(self, row: int) -> str:
         """Returns where a row came from."""

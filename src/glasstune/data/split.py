@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from glasstune.core.batch import IntArray
 from glasstune.data.packing import shuffled
 
 
@@ -27,11 +28,11 @@ def text_key(texts: Sequence[str]) -> bytes:
     return digest.digest()
 
 
-def held_out(keys: NDArray[np.bytes_], share: float, seed: int) -> NDArray[np.bool_]:
+def held_out(keys: NDArray[np.uint64], share: float, seed: int) -> NDArray[np.bool_]:
     """Chooses the texts that are held out.
 
     Args:
-        keys: Text keys of all rows, S16 [rows].
+        keys: Text keys of all rows.
         share: Part of the different texts, below 1.
         seed: Seed of the choice.
 
@@ -39,32 +40,38 @@ def held_out(keys: NDArray[np.bytes_], share: float, seed: int) -> NDArray[np.bo
         Per row whether its text is held out: at least one text where share is above 0 and there
         are two or more, and never all.
     """
-    different, which = np.unique(keys, return_inverse=True)
+    different = np.unique(keys)
     if share <= 0 or len(different) < 2:
         return np.zeros(len(keys), dtype=bool)
     count = min(max(1, round(share * len(different))), len(different) - 1)
-    salt, size = seed.to_bytes(8, "big"), different.itemsize
-    ranks = np.empty(len(different), dtype=np.uint64)
-    raw = different.tobytes()
-    for k in range(len(different)):
-        digest = hashlib.blake2b(salt + raw[k * size : (k + 1) * size]).digest()
-        ranks[k] = int.from_bytes(digest[:8], "big")
-    chosen = np.zeros(len(different), dtype=bool)
-    chosen[np.argsort(ranks, kind="stable")[:count]] = True
-    return chosen[which]
+    salt = _mixed(np.array([seed], dtype=np.uint64))
+    ranks = _mixed(different ^ salt)  # one to one, so no two texts have the same
+    last = np.partition(ranks, count - 1)[count - 1]
+    chosen: NDArray[np.bool_] = _mixed(keys ^ salt) <= last
+    return chosen
 
 
-def repeated(count: int, repeat: float, seed: int, source: int) -> NDArray[np.int64]:
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Mixes the bits of each number (the finaliser of SplitMix64), one to one."""
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    result: NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
+    return result
+
+
+def repeated(count: int, repeat: float, seed: int, source: int) -> IntArray:
     """Returns row indices so that a source's rows appear `repeat` times in an epoch.
 
     Whole repetitions take every row; what is left of `repeat` takes a fixed part, chosen by seed.
     """
     whole = int(repeat)
     part = round((repeat - whole) * count)
-    extra = np.sort(shuffled(count, seed, 3, source)[:part])
-    return np.concatenate([np.tile(np.arange(count), whole), extra])
+    every = [np.arange(count, dtype=np.int32)] * whole
+    extra = [np.sort(shuffled(count, seed, 3, source)[:part]).astype(np.int32)] if part else []
+    return np.concatenate([np.zeros(0, dtype=np.int32), *every, *extra])
 
 
-def first_of_each(keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
+def first_of_each(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Returns the index of the first row of each text, in order."""
     return np.sort(np.unique(keys, return_index=True)[1])
