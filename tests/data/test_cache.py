@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_tokenizers import chat_tokenizer
-from preparing import CHATML, alpaca, prepare
+from preparing import CHATML, FACTS, alpaca, prepare
 
 from glasstune.core.choices import Choices
 from glasstune.core.errors import InputError, RunError
@@ -331,6 +331,64 @@ def test_two_processes_of_one_entry_wait_for_each_other(file: Path, cache: Path)
     prints = {process.communicate()[0] for process in both}
     assert [process.returncode for process in both] == [0, 0]
     assert len(prints) == 1
+
+
+def test_rows_of_the_hub_are_found_by_their_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    tables = {"train": datasets.Dataset.from_list(alpaca(20))}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: tables[split])
+    source = [{"path": "owner/set"}]
+    first, made = how(source)
+    assert (made, how(source)[1]) == ("made", "read")
+    assert first.train.documents[3].origin == "owner/set/train[3]"
+    assert first.fingerprint == prepare(alpaca(20)).fingerprint
+    two = prepare(source, processes=2)
+    assert two.fingerprint == first.fingerprint
+    tables["train"] = datasets.Dataset.from_list(alpaca(21))
+    assert how(source)[1] == "made"
+
+
+class Remembered:
+    """A progress that adds up what it is told."""
+
+    def __init__(self) -> None:
+        self.totals: list[tuple[int | None, str]] = []
+        self.done = 0
+        self.fields: dict[str, Any] = {}
+        self.finished = 0
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        self.totals.append((total, unit))
+
+    def advance(self, task: str, amount: int = 1, **fields: Any) -> None:
+        self.done += amount
+        self.fields.update(fields)
+
+    def finish(self, task: str) -> None:
+        self.finished += 1
+
+    def say(self, text: str) -> None: ...
+
+
+def test_the_bar_knows_its_end_and_the_rate(tmp_path: Path) -> None:
+    from glasstune.core.config import DataConfig
+    from glasstune.data.prepare import prepare_data
+    from glasstune.data.write import write_rows
+
+    for name in ("x.jsonl", "x.json", "x.csv"):
+        bar = Remembered()
+        path = write_rows(alpaca(500), tmp_path / name)
+        config = DataConfig(sources=[{"path": str(path)}])  # type: ignore[list-item]
+        prepare_data(config, CHATML, FACTS, seed=0, choices=Choices(), progress=bar)
+        ((total, unit),) = bar.totals
+        assert unit == "kB"
+        assert total is not None
+        assert total == -(-path.stat().st_size // 1000)
+        assert total - 1 <= bar.done <= total
+        assert bar.fields["rows"] == "500"
+        assert float(bar.fields["rows/s"].replace(",", "")) > 0
+        assert bar.finished == 1
 
 
 def test_template_parts_are_those_of_the_ids() -> None:

@@ -13,7 +13,7 @@ from glasstune.data.formats import Example
 from glasstune.data.places import Places, Tokens, tokenise_texts
 from glasstune.data.prompts import Prompts
 from glasstune.data.roles import Message
-from glasstune.data.spans import Rendered, Tools, find_spans
+from glasstune.data.spans import Rendered, Tools
 from glasstune.data.template import ChatTemplate, TrainOn, marked_spans
 from glasstune.data.tokenizer import begin_ids, encode_plain, end_id
 
@@ -173,7 +173,7 @@ def _rendered(template: ChatTemplate, example: Example) -> Rendered | RowError:
         # An empty `{% generation %}` block marks nothing, and its end token would go untrained.
         if template.has_generation_markers and not empty:
             return marked_spans(template, example.messages, example.tools)
-        return find_spans(template.text, example.messages, example.tools, template.traits)
+        return template.find_spans(example.messages, example.tools)
     except RowError as error:
         return error
 

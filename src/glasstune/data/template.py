@@ -17,7 +17,15 @@ from glasstune.data.baichuan2 import DEFAULT_MARKERS, baichuan2_prompt, marker_i
 from glasstune.data.errors import RowError, refuse
 from glasstune.data.named import JINJA, NAMES, named_source
 from glasstune.data.roles import Message
-from glasstune.data.spans import NO_TRAITS, Rendered, TemplateTraits, Tools, learn_template
+from glasstune.data.skeleton import Skeleton, learn_skeleton, roles_of
+from glasstune.data.spans import (
+    NO_TRAITS,
+    Rendered,
+    TemplateTraits,
+    Tools,
+    find_spans,
+    learn_template,
+)
 from glasstune.data.tokenizer import begin_ids, closing_tokens, encode_plain, end_id
 
 if TYPE_CHECKING:
@@ -57,6 +65,10 @@ class ChatTemplate:
     markers: dict[str, int] = field(default_factory=lambda: dict(DEFAULT_MARKERS))
     pinned_date: str | None = None
     traits: TemplateTraits = NO_TRAITS
+    _seen: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
+    _skeletons: dict[tuple[str, ...], Skeleton | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def has_generation_markers(self) -> bool:
@@ -96,11 +108,32 @@ class ChatTemplate:
                     tools=None,
                     documents=None,
                     add_generation_prompt=generation,
-                    **{**self.tokenizer.special_tokens_map, **self.kwargs},
+                    **self._variables(),
                 )
             )
         except Exception as error:
             raise _refused(error) from error
+
+    def find_spans(self, messages: Sequence[Message], tools: Tools) -> Rendered:
+        """Renders a conversation and finds its assistant turns (kind `jinja`).
+
+        Raises:
+            RowError: The template refuses the row, or its turns cannot be found exactly.
+        """
+        roles = None if tools else roles_of(messages)
+        if roles is not None:
+            if roles not in self._skeletons:
+                self._skeletons[roles] = learn_skeleton(self.text, roles, self.traits)
+            skeleton = self._skeletons[roles]
+            if skeleton is not None and (row := skeleton.render(self.text, messages)) is not None:
+                return row
+        return find_spans(self.text, messages, tools, self.traits)
+
+    def _variables(self) -> dict[str, Any]:
+        """Returns what the template sees beside the messages; put together once."""
+        if self._seen is None:
+            self._seen = {**self.tokenizer.special_tokens_map, **self.kwargs}
+        return self._seen
 
     def apply(self, messages: Sequence[Message], tools: Tools, **options: Any) -> Any:
         """Calls `apply_chat_template` with this template, its variables and `options`.
