@@ -7,17 +7,41 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from glasstune.core.gradients import HEALTHY, cosines
-from glasstune.reports.charts import Line, line_chart
+from glasstune.core.gradients import HEALTHY
+from glasstune.reports.audit_curves import curves, failures
+from glasstune.reports.audit_maps import (
+    common_prefix,
+    layer_table,
+    matrix,
+    page_data,
+    pairs,
+    signed,
+)
 from glasstune.reports.web.page import render_page
 
 Json = Mapping[str, Any]
 
-SHOWN_ROWS = 4000
-"""Parameters in the table of all; a page of tens of thousands of rows helps nobody."""
+SHOWN_PARAMETERS = 8000
+"""Parameters that the page holds; beyond it frozen ones are left out first."""
 
-LEVELS = 8
-"""Steps of colour in a heat map; the number stands in each cell as well."""
+SHOWN_NAMES = 400
+"""Names listed under one reason."""
+
+ENGINES = {
+    "grad": "one autograd.grad a term",
+    "backward": "one backward a term (reentrant checkpointing)",
+    "single": "one term: the step's gradient is its own",
+    "none": "not split",
+    "unknown": "could not be split",
+}
+STATUSES = {
+    "nonfinite": "NaN or Inf",
+    "none": "no gradient",
+    "not_in_optimizer": "in no optimiser group",
+    "zero": "gradient is zero",
+    "ok": "ok",
+    "frozen": "frozen",
+}
 
 
 def audit_page(record: Any, history: Sequence[Json] = ()) -> str:
@@ -32,171 +56,117 @@ def audit_page(record: Any, history: Sequence[Json] = ()) -> str:
         The text of the file; it loads nothing else.
     """
     json: Json = record if isinstance(record, Mapping) else record.to_dict()
-    terms, parameters = json["terms"], json["parameters"]
-    prefix = common_prefix([layer["layer"] for layer in json["layers"]])
+    parameters = json["parameters"]
+    shown = _worth_showing(parameters)
+    known = json["engine"] in ("grad", "backward")
     context = {
         "record": json,
+        "trained": sum(bool(row["requires_grad"]) for row in parameters),
         "counts": _counts(parameters),
-        "terms": terms,
-        "pairs": _matrix([term["name"] for term in terms], json.get("gram") or []),
-        "maps": _maps(json),
-        "prefix": prefix,
+        "terms": _terms(json["terms"], known),
+        "facts_list": _facts(json),
+        "matrix": matrix(json),
+        "pairs": pairs(json),
+        "prefix": common_prefix(list(dict.fromkeys(row["layer"] for row in shown))),
+        "table": layer_table(json),
         "unhealthy": _reasons(parameters, healthy=False),
         "healthy": _reasons(parameters, healthy=True),
-        "layers": _by_layer(parameters[:SHOWN_ROWS]),
-        "left_out": max(0, len(parameters) - SHOWN_ROWS),
-        "curves": [*_steps(json.get("steps") or []), *_curves(history)],
-        "values": any(row.get("texts") for row in parameters),
+        "left_out": len(parameters) - len(shown),
+        "curves": curves(json, history),
+        "failures": failures(history),
         "number": number,
+        "signed": signed,
+        "share_text": share_text,
+        "shown_names": SHOWN_NAMES,
     }
-    model = PurePath(json["model"]).name if json.get("model") else ""
+    model = PurePath(str(json["model"])).name if json.get("model") else ""
     step = json.get("step")
-    named = f"step {step}" if step is not None else "one update"
+    named = f"step {step}" if step is not None else "one step"
     return render_page(
         "audit.html.j2",
         kind="gradients",
         title=f"{model}, {named}" if model else f"Gradient audit of {named}",
         findings=json["findings"],
+        data=page_data(json, shown, known),
         styles=("audit.css",),
-        scripts=("audit.js",),
+        scripts=("audit_maps.js", "audit.js"),
         context=context,
     )
 
 
-def common_prefix(names: Sequence[str]) -> str:
-    """Returns the dotted beginning that all names share, with its dot; empty without one."""
-    parts = [name.split(".")[:-1] for name in names]
-    shared = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        shared.append(level[0])
-    # `layers.0` says more than `0`.
-    shared = shared[:-1]
-    return "".join(f"{part}." for part in shared) if len(names) > 1 else ""
-
-
 def number(value: float | None) -> str:
-    """Writes a number with three digits; what is not known is a dash, never zero."""
+    """Writes a number with four digits; what is not known is a word, never zero."""
     if value is None:
-        return "–"
-    if value == 0:
-        return "0"
-    return f"{value:.3g}"
+        return "unknown"
+    return "0" if value == 0 else f"{value:.4g}"
 
 
-def _counts(parameters: Sequence[Json]) -> list[tuple[str, int]]:
-    """Status to number of parameters, worst first."""
-    order = ("nonfinite", "none", "not_in_optimizer", "zero", "ok", "frozen")
-    found = dict.fromkeys(order, 0)
+def share_text(share: float | None) -> str:
+    """Writes a share in percent; a small one gets the digits that keep it from reading as zero."""
+    if share is None:
+        return "unknown"
+    size = abs(share) * 100
+    digits = 1 if size == 0 or size >= 0.05 else min(6, -math.floor(math.log10(size)))
+    return f"{share * 100:.{digits}f}%".replace("-", "\u2212")
+
+
+def _worth_showing(parameters: Sequence[Json]) -> list[Json]:
+    """All parameters, or the trained ones and as many others as fit, in their order."""
+    if len(parameters) <= SHOWN_PARAMETERS:
+        return list(parameters)
+    first = sorted(range(len(parameters)), key=lambda at: parameters[at]["status"] == "frozen")
+    return [parameters[at] for at in sorted(first[:SHOWN_PARAMETERS])]
+
+
+def _counts(parameters: Sequence[Json]) -> list[tuple[str, str, int]]:
+    """(status, its words, number of parameters), worst first."""
+    found = dict.fromkeys(STATUSES, 0)
     for row in parameters:
         found[row["status"]] = found.get(row["status"], 0) + 1
-    return [(status.replace("_", " "), count) for status, count in found.items() if count]
+    return [(status, STATUSES.get(status, status), n) for status, n in found.items() if n]
 
 
-def _matrix(names: Sequence[str], gram: Sequence[Sequence[float | None]]) -> list[dict[str, Any]]:
-    """Rows of the matrix of cosines between terms."""
-    if not gram:
-        return []
-    found = cosines([[_plain(value) for value in row] for row in gram])
-    return [
-        {"name": name, "cells": [_cosine_cell(value) for value in row]}
-        for name, row in zip(names, found, strict=True)
-    ]
-
-
-def _plain(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _cosine_cell(value: float | None) -> dict[str, Any]:
-    if value is None:
-        return {"text": "unknown", "class": "unknown"}
-    level = round(abs(value) * LEVELS)
-    return {"text": f"{value:+.3f}", "class": f"{'minus' if value < 0 else 'plus'} l{level}"}
-
-
-def _maps(record: Json) -> list[dict[str, Any]]:
-    """The heat maps: layers down, terms (or pairs of terms) across."""
-    layers, names = record["layers"], [term["name"] for term in record["terms"]]
-    if not layers or not names:
-        return []
-    norms = [
-        [
-            math.sqrt(diagonal) if (diagonal := _plain(layer["gram"][at][at])) >= 0 else None
-            for at in range(len(names))
-        ]
-        for layer in layers
-    ]
-    maps = [
-        {
-            "key": "norm",
-            "title": "Norm",
-            "about": "Norm of each term's own gradient, without its weight. Colour by logarithm, "
-            "each term by itself.",
-            "names": names,
-            "rows": _rows(layers, _norm_cells(norms)),
-        },
-        {
-            "key": "share",
-            "title": "Share of the step",
-            "about": "What part of the layer's step each weighted term is; a row sums to 100 %. "
-            "Hatched: the term works against the step.",
-            "names": names,
-            "rows": _rows(layers, [[_share_cell(v) for v in layer["shares"]] for layer in layers]),
-        },
-    ]
-    pairs = [(a, b) for a in range(len(names)) for b in range(a)]
-    if pairs:
-        cells = []
-        for layer in layers:
-            found = cosines([[_plain(value) for value in row] for row in layer["gram"]])
-            cells.append([_cosine_cell(found[a][b]) for a, b in pairs])
-        maps.append(
-            {
-                "key": "cosine",
-                "title": "Agreement",
-                "about": "Cosine between the gradients of two terms. Hatched: they point apart.",
-                "names": [f"{names[b]} · {names[a]}" for a, b in pairs],
-                "rows": _rows(layers, cells),
-            }
-        )
-    return maps
-
-
-def _rows(layers: Sequence[Json], cells: Sequence[Any]) -> list[dict[str, Any]]:
-    return [
-        {"layer": layer["layer"], "cells": row} for layer, row in zip(layers, cells, strict=True)
-    ]
-
-
-def _norm_cells(norms: Sequence[Sequence[float | None]]) -> list[list[dict[str, Any]]]:
-    """Cells with a level by the logarithm inside their column."""
-    columns = list(zip(*norms, strict=True))
-    spans = []
-    for column in columns:
-        logs = [math.log10(value) for value in column if value]
-        spans.append((min(logs, default=0.0), max(logs, default=0.0)))
+def _terms(terms: Sequence[Json], known: bool) -> list[dict[str, Any]]:
+    """The terms with what each adds to the loss, and the place of its bar of shares."""
+    shares = [term["share"] for term in terms if term["share"] is not None]
+    low, high = min(0.0, *shares, 0.0), max(1.0, *shares, 1.0)
     found = []
-    for row in norms:
-        cells = []
-        for value, (low, high) in zip(row, spans, strict=True):
-            if value is None:
-                cells.append({"text": "unknown", "class": "unknown"})
-            elif value == 0:
-                cells.append({"text": "0", "class": "plus l0"})
-            else:
-                share = (math.log10(value) - low) / (high - low) if high > low else 1.0
-                cells.append({"text": number(value), "class": f"plus l{1 + round(share * 7)}"})
-        found.append(cells)
+    for term in terms:
+        value, weight, share = term["value"], term["weight"], term["share"]
+        bar = None
+        if share is not None:
+            start = (min(share, 0.0) - low) / (high - low)
+            bar = {"x": start, "width": abs(share) / (high - low), "zero": -low / (high - low)}
+        # The record has no NaN: what was none there is null, and only a loss without number is.
+        added = None if value is None or weight is None else value * weight
+        found.append(
+            {
+                **term,
+                "value_text": "not finite" if value is None else number(value),
+                "weight_text": "not finite" if weight is None else number(weight),
+                "added_text": "not finite" if added is None else number(added),
+                "norm_text": "not finite" if known and term["norm"] is None
+                else number(term["norm"]),
+                "share_text": share_text(share),
+                "bar": bar,
+            }
+        )  # fmt: skip
     return found
 
 
-def _share_cell(value: float | None) -> dict[str, Any]:
-    if value is None:
-        return {"text": "unknown", "class": "unknown"}
-    level = min(LEVELS, round(abs(value) * LEVELS))
-    return {"text": f"{value:.1%}", "class": f"{'minus' if value < 0 else 'plus'} l{level}"}
+def _facts(record: Json) -> list[tuple[str, str]]:
+    check, cancelled, scale = record["sum_check"], record["cancellation"], record["scale"]
+    facts = [
+        (
+            "self-check: weighted terms against the gradient",
+            "not compared" if check is None else f"they differ by {check:.1e} of it",
+        ),
+        ("cancelled between terms", "unknown" if cancelled is None else f"{cancelled:.1%}"),
+        ("split by", ENGINES[record["engine"]]),
+    ]
+    if scale is not None and abs(scale - 1) > 1e-4:
+        facts.append(("the loss was scaled by", number(scale)))
+    return facts
 
 
 def _reasons(parameters: Iterable[Json], *, healthy: bool) -> list[dict[str, Any]]:
@@ -207,91 +177,8 @@ def _reasons(parameters: Iterable[Json], *, healthy: bool) -> list[dict[str, Any
         if reason is None or (reason["code"] in HEALTHY) != healthy:
             continue
         key = (row["status"], reason["code"], reason["module"], reason["line"])
-        group = groups.setdefault(key, {**reason, "status": row["status"], "names": []})
+        status = STATUSES.get(row["status"], row["status"])
+        group = groups.setdefault(key, {**reason, "status": status, "names": [], "texts": {}})
         group["names"].append(row["name"])
+        group["texts"].setdefault(reason["text"], row["name"])
     return list(groups.values())
-
-
-def _by_layer(parameters: Iterable[Json]) -> list[dict[str, Any]]:
-    """Parameters by layer, with what is worth saying of the whole."""
-    groups: dict[str, list[Json]] = {}
-    for row in parameters:
-        groups.setdefault(row["layer"], []).append(row)
-    found = []
-    for layer, rows in groups.items():
-        increments = [row["increment"]["norm"] for row in rows if row["increment"]]
-        bad = sum(row["status"] not in ("ok", "frozen", "zero") for row in rows)
-        found.append(
-            {
-                "layer": layer,
-                "rows": rows,
-                "trained": sum(bool(row["requires_grad"]) for row in rows),
-                "norm": math.hypot(*increments) if increments else None,
-                "bad": bad,
-            }
-        )
-    return found
-
-
-def _steps(steps: Sequence[Json]) -> list[dict[str, Any]]:
-    """Curves over the updates of one audit."""
-    return _term_curves(steps) if len(steps) > 1 else []
-
-
-def _term_curves(rows: Sequence[Json]) -> list[dict[str, Any]]:
-    names = list(dict.fromkeys(term["name"] for row in rows for term in row["terms"]))
-    found = []
-    for key, title, log in (
-        ("norm", "Norm of each term's gradient", True),
-        ("share", "Share of the step", False),
-    ):
-        lines = [
-            Line(
-                name,
-                [
-                    (row["step"] or 0, term[key])
-                    for row in rows
-                    for term in row["terms"]
-                    if term["name"] == name
-                ],
-            )
-            for name in names
-        ]
-        chart = line_chart(lines, title=f"{title}, by update", x="update", y=key, log=log)
-        if chart:
-            found.append({"title": title, "chart": chart})
-    return found
-
-
-def _curves(history: Sequence[Json]) -> list[dict[str, Any]]:
-    """Curves of a training run, from its `audit.jsonl`."""
-    norms = [row for row in history if row.get("event") == "norms"]
-    audits = [row for row in history if row.get("event") == "audit"]
-    found = []
-    if len(norms) > 1:
-        total = Line("all", [(row["step"], row["norm"]) for row in norms])
-        names = list(dict.fromkeys(layer for row in norms for layer in row["layers"]))
-        chosen = _spread(names)
-        lines = [
-            Line(_tail(name), [(row["step"], row["layers"].get(name)) for row in norms])
-            for name in chosen
-        ]
-        chart = line_chart(
-            [total, *lines], title="Gradient norms by update", x="update", y="norm", log=True
-        )
-        about = f"All trained tensors, and {len(chosen)} of {len(names)} layers."
-        found.append({"title": "Norms while training", "about": about, "chart": chart})
-    if len(audits) > 1:
-        found.extend(_term_curves(audits))
-    return found
-
-
-def _spread(names: Sequence[str]) -> list[str]:
-    """First, last and three between."""
-    if len(names) <= 5:
-        return list(names)
-    return [names[round(at * (len(names) - 1) / 4)] for at in range(5)]
-
-
-def _tail(name: str) -> str:
-    return name.split("model.")[-1]
