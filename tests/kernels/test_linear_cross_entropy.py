@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from glasstune.kernels.linear_cross_entropy import fused, op
-from glasstune.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from glasstune.kernels.linear_cross_entropy.reference import (
+    linear_cross_entropy_reference,
+    loss_rows_reference,
+)
 
 SHAPES = [(1, 8, 16), (7, 33, 129), (64, 32, 512), (130, 16, 1000)]
 
@@ -152,3 +155,33 @@ def test_wrong_inputs_are_named() -> None:
         op.linear_cross_entropy(
             data["hidden"], data["weight"], data["targets"][:3], data["nll_weights"]
         )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_turn_into_their_gradient(shape, dtype) -> None:
+    """The road of a GPU, with its row kernel written in torch."""
+
+    def in_place(hidden, weight, targets, weights, z_weights):
+        total, grad = fused.nll_in_place(
+            hidden.detach(), weight, targets, weights, 5, True, loss_rows_reference
+        )
+        return (hidden * grad).sum() - (hidden.detach() * grad).sum() + total, torch.zeros(())
+
+    data = problem(shape, dtype)
+    ours = run(in_place, data, dtype, z=False)
+    eager = run(linear_cross_entropy_reference, data, dtype, z=False)
+    assert not worse_than_twice(ours, eager, truth(data, z=False))
+    nll, z_sum, grad = ours
+    dropped = torch.cat([grad[:-1], torch.zeros_like(grad[-1:])])
+    assert worse_than_twice((nll, z_sum, dropped), eager, truth(data, z=False))
+    if dtype == torch.float32:
+        assert worse_than_twice((nll, z_sum, grad * 1.001), eager, truth(data, z=False))
+
+
+def test_nothing_but_the_loss_without_a_gradient() -> None:
+    data = problem((9, 8, 16), torch.float32)
+    given = [data[name] for name in ("hidden", "weight", "targets", "nll_weights")]
+    total, grad = fused.nll_in_place(*given, 4, False, loss_rows_reference)
+    assert grad is None
+    torch.testing.assert_close(total, linear_cross_entropy_reference(*given)[0])

@@ -43,3 +43,24 @@ def linear_cross_entropy_reference(
     """Makes all logits at once and lets autograd do the rest; see `weighted_sums`."""
     logits_NV = hidden_Nd @ weight_Vd.T
     return weighted_sums(logits_NV, targets_N, nll_weights_N, z_weights_N)
+
+
+def loss_rows_reference(
+    logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, nll_C: Tensor, grad: bool
+) -> None:
+    """Writes the loss of each row, and its gradient over the logits.
+
+    Args:
+        logits_CV: Float [C, V]; with `grad` each row becomes weight * (softmax - onehot).
+        targets_C: int64 [C], each in [0, V).
+        weights_C: fp32 [C].
+        nll_C: fp32 [C]; becomes weight * nll.
+        grad: Whether the gradient is wanted.
+    """
+    log_p_CV = logits_CV.float().log_softmax(-1)
+    target_C1 = targets_C[:, None]
+    nll_C.copy_(-log_p_CV.gather(-1, target_C1).squeeze(-1) * weights_C)
+    if grad:
+        grad_CV = log_p_CV.exp()
+        grad_CV.scatter_add_(-1, target_C1, -torch.ones_like(target_C1, dtype=torch.float32))
+        logits_CV.copy_(grad_CV * weights_C[:, None])
