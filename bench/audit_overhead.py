@@ -11,6 +11,7 @@ every 50th pays). The overhead of the default setting is (49 norms + 1 by term) 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -89,6 +90,8 @@ def main() -> None:
         return seconds
 
     stream = updates(prepared.schedule, prepared.data.train, 0, 0, 0, 0, prepared.pad_id)
+    gc.collect()
+    gc.freeze()  # as the loop does
     kinds: dict[str, list[float]] = {"plain": [], "norms": [], "by term": []}
     number = 0
     for turn, update in zip(range(options.updates + 2), stream, strict=False):

@@ -26,8 +26,9 @@ def recompute_layers(model, reentrant: bool) -> None:
 
 
 def terms(model):
-    logits = model(input_ids=IDS.to(model.device)).logits.float()
-    nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    ids = IDS.to(model.device)
+    logits = model(input_ids=ids).logits.float()
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     return {"nll": (1.0, nll), "z": (0.01, logits.logsumexp(-1).square().mean())}
 
 
