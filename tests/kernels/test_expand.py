@@ -18,8 +18,16 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 functional = bitsandbytes.functional
 pytestmark = QUIET_COMPILER
 
-# rows of each member, width: whole blocks, blocks across rows, an odd width, one odd row
-SHAPES = [((64, 32), 128), ((6, 10), 40), ((7, 9), 33), ((1,), 5), ((3, 4, 5, 6), 66)]
+# rows of each member, width: whole blocks, blocks across rows, an odd width, one odd row,
+# more than one block of 256 blocks
+SHAPES = [
+    ((64, 32), 128),
+    ((6, 10), 40),
+    ((7, 9), 33),
+    ((1,), 5),
+    ((3, 4, 5, 6), 66),
+    ((199, 170), 101),
+]
 
 
 def weights_of(outs: tuple[int, ...], width: int) -> list[torch.Tensor]:
