@@ -77,7 +77,6 @@ def test_what_is_not_built_says_so(name, capsys):
         ["train", "c.yaml", "--nproc", "2"],
         ["evaluate", "m", "--data", "d", "--generate"],
         ["evaluate", "m", "--data", "d", "--compare", "base"],
-        ["data", "c.yaml", "--html", "x.html"],
     ],
 )
 def test_options_that_are_not_built_say_so(words, capsys):
