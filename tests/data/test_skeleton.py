@@ -84,3 +84,22 @@ def test_only_one_answer_at_the_end_has_one() -> None:
     assert roles_of([user]) is None
     assert roles_of([user, {"role": "assistant", "content": " "}]) is None
     assert roles_of([user, {**answer, "reasoning_content": "hm"}]) is None
+
+
+def test_a_prompt_that_looks_into_the_question_goes_the_long_way() -> None:
+    def render(messages: Any, tools: Any, generation: bool) -> str:
+        text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>" for m in messages)
+        if generation:
+            text += "<|im_start|>assistant\n" + ("hm " if "x" in messages[-1]["content"] else "")
+        return text
+
+    traits = template("chatml").traits
+    skeleton = learn_skeleton(render, ("user", "assistant"), traits)
+    assert skeleton is not None
+    for question, usual in (("why?", True), ("x?", False)):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "so"}]
+        found = skeleton.render(render, turns)
+        expected = find_spans(render, turns, None, traits)
+        assert (found == expected) is usual
+        assert expected.drifted == (not usual)
+        assert (found is None) is not usual

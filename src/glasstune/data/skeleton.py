@@ -83,8 +83,9 @@ def learn_skeleton(render: Render, roles: Sequence[str], traits: TemplateTraits)
         row = find_spans(render, messages, None, traits)
     except RowError:
         return None
+    # Where the answer does not start as its prompt ends (drift), there is none either.
     pieces, prompt = _parted(row.text, texts), _parted(row.prompt, texts[:-1])
-    if pieces is None or prompt is None or row.drifted or not pieces[-2].startswith(prompt[-1]):
+    if pieces is None or prompt is None or not pieces[-2].startswith(prompt[-1]):
         return None
     ((start, end),) = row.spans
     at = len(row.text) - len(pieces[-1]) - len(texts[-1])
