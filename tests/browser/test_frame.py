@@ -71,6 +71,8 @@ def test_contrast_and_overflow_can_fail(page: Page) -> None:
     )
     assert page.contrast("p") == pytest.approx(2.85, abs=0.02)  # known value of #999 on white
     assert page.overflow() > 400
+    page.run("document.querySelector('p').style.background = 'color-mix(in srgb, #999 0%, #fff)'")
+    assert page.contrast("p") == pytest.approx(2.85, abs=0.02), "mixed colours are read, too"
 
 
 def test_tab_reaches_the_skip_link_first(page: Page) -> None:

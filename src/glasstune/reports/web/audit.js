@@ -99,7 +99,7 @@
           const value = found[a][b];
           square.textContent = signed(value);
           square.className = value === null ? "cell unknown" : `cell ${value < -1e-6 ? "minus" : "plus"}`;
-          square.style.setProperty("--depth", `${Math.round(Math.abs(value ?? 0) * 64)}%`);
+          square.style.setProperty("--depth", `${Math.round(Math.abs(value ?? 0) * 58)}%`);
         });
       });
     };
@@ -217,7 +217,7 @@
   }
 
   function parameterRow(row) {
-    const button = el("button", { type: "button", class: "fold", "aria-expanded": told.has(row.name) }, el("code", {}, row.local));
+    const button = el("button", { type: "button", class: "fold", "aria-expanded": String(told.has(row.name)) }, el("code", {}, row.local));
     button.addEventListener("click", () => { told.has(row.name) ? told.delete(row.name) : told.add(row.name); show(); refocus(row.name); });
     const line = el("tr", { class: "parameter", "data-name": row.name, "data-status": row.status },
       el("th", { scope: "row" }, button, el("small", {}, `${row.shape.join(" × ") || "scalar"} · ${row.dtype}`)),
@@ -254,7 +254,7 @@
     const tally = {};
     rows.forEach((row) => { tally[row.status] = (tally[row.status] || 0) + 1; });
     const words = Object.keys(STATUS).filter((key) => tally[key]).map((key) => `${tally[key]} ${STATUS[key]}`).join(" · ");
-    const button = el("button", { type: "button", class: "fold", "aria-expanded": isOpen }, el("code", {}, shorter(of)));
+    const button = el("button", { type: "button", class: "fold", "aria-expanded": String(isOpen) }, el("code", {}, shorter(of)));
     button.addEventListener("click", () => {
       (isOpen ? shut : opened)(index, filtered);
       show();

@@ -75,7 +75,7 @@ const maps = (() => {
         const text = wide && made.text !== undefined ? made.text : sign || "";
         const square = el("td", { role: "gridcell", class: `cell ${made.kind}`, tabindex: -1, "aria-label": made.words },
           text === "" ? null : el("span", { "aria-hidden": "true" }, text));
-        if (made.level !== undefined) square.style.setProperty("--depth", `${Math.round(made.level * 64)}%`);
+        if (made.level !== undefined) square.style.setProperty("--depth", `${Math.round(made.level * 58)}%`);
         if (first) { square.tabIndex = 0; first = false; }
         square.place = [r, c];
         square.made = made;
@@ -131,7 +131,7 @@ const maps = (() => {
     if (scale) {
       const steps = [0.08, 0.31, 0.54, 0.77, 1].map((level) => {
         const step = el("i", { class: "cell plus" });
-        step.style.setProperty("--depth", `${Math.round(level * 64)}%`);
+        step.style.setProperty("--depth", `${Math.round(level * 58)}%`);
         return step;
       });
       parts.push(el("span", { class: "ramp" }, from, " ", steps, " ", to, " ", el("small", {}, words)));
