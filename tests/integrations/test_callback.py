@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import patch_optimizer_step
 from trainer_runs import (
     checkpointing,
     make_trainer,
@@ -350,6 +351,61 @@ def test_an_update_without_a_trained_label_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the loss is nan") as caught:
         trainer.train()
     assert caught.value.code == "non_finite_loss"
+
+
+class Scaler(torch.amp.GradScaler):
+    """A real one on the CPU, put where accelerate has its own under fp16."""
+
+    def put(self, optimizer) -> None:
+        self.scale(torch.zeros(()))  # sets it up
+        optimizer.scaler = self
+        optimizer._accelerate_step_called = False
+        optimizer._optimizer_original_step_method = optimizer.optimizer.step
+        optimizer._optimizer_patched_step_method = patch_optimizer_step(
+            optimizer, optimizer.optimizer.step
+        )
+
+
+@pytest.mark.parametrize(("overflowing", "said"), [(3, False), (25, True)])
+def test_updates_that_an_fp16_scaler_passes_over_are_not_judged(
+    tmp_path: Path, overflowing: int, said: bool
+) -> None:
+    """The first updates overflow, as under fp16; the gate judges those after them."""
+    model = tiny_lora(targets=("down_proj",))
+    path = "base_model.model.model.layers.1.mlp.down_proj"
+    calls = [0]
+
+    def spoil(module, args, out):
+        calls[0] += module.training
+        return Poison.apply(out, math.inf) if calls[0] <= overflowing else out
+
+    model.get_submodule(path).register_forward_hook(spoil)
+    scaler = Scaler("cpu", init_scale=1.0)
+
+    class Fp16(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+            scaler.put(optimizer)
+
+    callback = gt.GlasstuneCallback()
+    trainer = make_trainer(
+        tmp_path,
+        model=model,
+        callbacks=[Fp16(), callback],
+        gradient_accumulation_steps=1,
+        max_steps=overflowing + 4,
+        warmup_steps=0,
+        max_grad_norm=0.0,
+    )
+    before = trained(trainer)
+    trainer.train()
+    assert trainer.state.global_step == overflowing + 4
+    assert scaler.get_scale() == 0.5**overflowing
+    assert not same_bits(before, trained(trainer))
+    assert [finding.code for finding in callback.findings] == ["fp16_overflow"] * said
+    if said:
+        assert f"{path}.lora_B.default.weight" in callback.findings[0].message
+        assert "20 updates in a row" in callback.findings[0].message
+    assert callback._gate is None  # it has judged
 
 
 # Around the training

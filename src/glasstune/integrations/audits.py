@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,12 @@ class Audits:
 
     def begin(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """Opens an audit where the step is to be audited; before its first forward."""
-        due = self._first or (self.every > 0 and step % self.every == 0)
-        self._first = False
-        if due and self.here:
+        first, self._first = self._first, False
+        if self.here and (first or (self.every > 0 and step % self.every == 0)):
+            # Outputs are watched for NaN and Inf in the first update alone: that is where a wrong
+            # precision shows, and the watch is half of an audit's time.
             self._audit = GradientAudit(
-                model, optimizer, keep=(), step=step, frozen_values=False
+                model, optimizer, keep=(), step=step, frozen_values=False, activations=first
             ).__enter__()
 
     @property
@@ -84,9 +86,8 @@ class Audits:
         if self.report is None or not self._unwritten:
             return
         self._unwritten = False
-        record = self.report.to_dict()
-        trained = [row for row in record["parameters"] if row["requires_grad"]]
-        self._append("audit", {**record, "parameters": trained})
+        trained = [row for row in self.report.parameters if row.requires_grad]
+        self._append("audit", replace(self.report.record, parameters=trained).to_dict())
 
     def write_norms(self, step: int, names: Sequence[str], measured: Tensor) -> None:
         """Appends norms by layer.

@@ -30,6 +30,7 @@ from glasstune.integrations.audits import FILE, Audits
 from glasstune.integrations.refusals import (
     check_mode,
     explained,
+    never_scaled,
     not_finite,
     nothing_trained,
     refusal,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from glasstune.core.batch import MicroBatch
 
 Mode = Literal["stop", "warn", "off"]
+OVERFLOWS = 20
+"""Updates in a row that an fp16 scaler passed over, until it is said: it began at 65536."""
 log = logging.getLogger("glasstune")
 _on_model: WeakKeyDictionary[nn.Module, ref[GlasstuneCallback]] = WeakKeyDictionary()
 """Whose hooks are on a model. A training that was interrupted leaves them there."""
@@ -109,6 +112,7 @@ class GlasstuneCallback(TrainerCallback):
         self._updates = 0
         self._rows: list[list[float]] = []
         self._skip = False
+        self._overflows = 0
         self._compiled = False
 
     def first_in(self, trainer: Trainer) -> GlasstuneCallback:
@@ -180,7 +184,7 @@ class GlasstuneCallback(TrainerCallback):
         # Then no hook of the model runs: what happens inside is seen from the loss and `.grad`.
         self._compiled = bool(args.torch_compile)
         self._names = list(parameters)
-        self._window, self._updates = {}, 0
+        self._window, self._updates, self._overflows = {}, 0, 0
         if not parameters:
             self._report([nothing_trained(self.first_step_gate)], state)
         path = self.output or Path(args.output_dir or ".") / FILE
@@ -295,10 +299,14 @@ class GlasstuneCallback(TrainerCallback):
             if not abs(value) < float("inf")
         }
         if not bad and not bad_losses:
+            self._overflows = 0
             return
         if getattr(optimizer, "scaler", None) is not None and not bad_losses:
             # fp16: the scaled gradient overflowed; the scaler passes over this update.
             self._skip = True
+            self._overflows += 1
+            if self._overflows == OVERFLOWS and self.non_finite != "off":
+                self._report([never_scaled(step, bad, len(self._names), OVERFLOWS)], state)
             return
         if self.non_finite != "off":
             story = "" if self._audits is None else self._audits.story(step)

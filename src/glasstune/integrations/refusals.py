@@ -107,6 +107,26 @@ def not_finite(
     )
 
 
+def never_scaled(step: int, bad: Sequence[str], total: int, updates: int) -> Finding:
+    """The warning that an fp16 gradient scaler passes over one update after another.
+
+    Args:
+        step: Of the latest.
+        bad: Tensors whose gradient is not finite.
+        total: Number of trained tensors.
+        updates: How many in a row.
+    """
+    some = ", ".join(bad[:6]) + (f" and {len(bad) - 6} more" if len(bad) > 6 else "")
+    return Finding(
+        "fp16_overflow",
+        "warning",
+        bad[0],
+        f"step {step}: the gradient scaler has passed over {updates} updates in a row, so nothing "
+        f"was learned in them; the gradient of {len(bad)} of {total} tensors overflows: {some}",
+        "train in bf16, or lower the loss's scale",
+    )
+
+
 def explained(finding: Finding, row: ParameterAudit | None) -> Finding:
     """Adds the audit's reason to what the gate says of a tensor, where it names a fault."""
     if finding.severity == "info" or row is None or row.reason is None or row.reason.healthy:
