@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from glasstune.core.batch import IntArray
 from glasstune.data.packing import shuffled
 
+_BLOCK = 1 << 16
+
 
 def text_key(texts: Sequence[str]) -> bytes:
     """Returns 16 bytes that are equal for equal normalised texts."""
@@ -40,24 +42,27 @@ def held_out(keys: NDArray[np.uint64], share: float, seed: int) -> NDArray[np.bo
         Per row whether its text is held out: at least one text where share is above 0 and there
         are two or more, and never all.
     """
-    different = np.unique(keys)
+    ranks = _mixed(keys, seed)  # one to one, so rows share a rank as they share a text
+    different = np.unique(ranks)
     if share <= 0 or len(different) < 2:
         return np.zeros(len(keys), dtype=bool)
     count = min(max(1, round(share * len(different))), len(different) - 1)
-    salt = _mixed(np.array([seed], dtype=np.uint64))
-    ranks = _mixed(different ^ salt)  # one to one, so no two texts have the same
-    last = np.partition(ranks, count - 1)[count - 1]
-    chosen: NDArray[np.bool_] = _mixed(keys ^ salt) <= last
+    chosen: NDArray[np.bool_] = ranks <= different[count - 1]
     return chosen
 
 
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mixes the bits of each number (the finaliser of SplitMix64), one to one."""
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    result: NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
-    return result
+def _mixed(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Mixes the bits of each key and the seed (the finaliser of SplitMix64), one to one."""
+    salt = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    mixed = keys ^ salt
+    for start in range(0, len(mixed), _BLOCK):  # few temporary numbers at a time
+        part = mixed[start : start + _BLOCK]
+        part ^= part >> np.uint64(30)
+        part *= np.uint64(0xBF58476D1CE4E5B9)
+        part ^= part >> np.uint64(27)
+        part *= np.uint64(0x94D049BB133111EB)
+        part ^= part >> np.uint64(31)
+    return mixed
 
 
 def repeated(count: int, repeat: float, seed: int, source: int) -> IntArray:
