@@ -97,6 +97,9 @@ def test_live_norms() -> None:
     assert found[6, 1].isinf()
     assert found[7].tolist() == [0, 0]
     assert found[8].tolist() == [5, 4]
+    usual = [0, 2, 3, 4, 5, 6]  # dense float32 with entries: the short road
+    short = live_norms([rows[at] for at in usual])
+    assert torch.equal(short.nan_to_num(-7), found[usual].nan_to_num(-7))
 
 
 def test_live_norms_without_any_gradient() -> None:

@@ -143,6 +143,17 @@ class Gatherer:
         return found
 
 
+def _alike(grad: Tensor, first: Tensor) -> bool:
+    """Whether a gradient is dense float32 with entries, on the device of the first one."""
+    return (
+        grad.dtype == torch.float32
+        and grad.layout == torch.strided
+        and grad.device == first.device
+        and grad.numel() > 0
+    )
+
+
+@torch.no_grad()
 def live_norms(parameters: Sequence[Tensor]) -> Tensor:
     """Norm and largest magnitude of each `.grad`, for one copy to the host each logging step.
 
@@ -156,6 +167,11 @@ def live_norms(parameters: Sequence[Tensor]) -> Tensor:
         float32 [n, 2] on the device of the first gradient: 2-norm and largest magnitude; a row of
         -1 where `.grad` is None.
     """
+    plain = [value.grad for value in parameters if value.grad is not None]
+    if plain and len(plain) == len(parameters) and all(_alike(g, plain[0]) for g in plain):
+        # The usual case, without a handful of small operations for each of hundreds of tensors.
+        columns = [torch.stack(torch._foreach_norm(plain, order)) for order in (2.0, math.inf)]
+        return torch.stack(columns, 1)
     held = [index for index, value in enumerate(parameters) if value.grad is not None]
     grads = [dense(grad) for value in parameters if (grad := value.grad) is not None]
     if not grads:
