@@ -501,3 +501,30 @@ def test_wrong_options_are_the_users_error(options) -> None:
         gt.GlasstuneCallback(**options)
     assert caught.value.code == "wrong_value"
     assert next(iter(options)) in str(caught.value)
+
+
+class DeepSpeedOptimizerWrapper(torch.optim.SGD):
+    """Named as accelerate names its own."""
+
+
+class DTensor(torch.nn.Parameter):
+    """Named as torch names a sharded tensor."""
+
+
+@pytest.mark.parametrize("who", ["DeepSpeed", "FSDP"])
+def test_what_hides_gradients_is_refused_before_the_first_step(tmp_path: Path, who: str) -> None:
+    """Their `.grad` is None or a part: the gate would stop a healthy run."""
+    callback = gt.GlasstuneCallback()
+    trainer = make_trainer(tmp_path, model=tiny_lora(), callbacks=[callback])
+    optimizer = torch.optim.SGD(trainer.model.parameters())
+    if who == "DeepSpeed":
+        optimizer = DeepSpeedOptimizerWrapper(trainer.model.parameters())
+    else:
+        layer = trainer.model.get_submodule(Q_B.removesuffix(".weight"))
+        layer.weight = DTensor(layer.weight.detach())
+    with pytest.raises(InputError, match=f"{who} keeps gradients") as caught:
+        callback.on_train_begin(
+            trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=optimizer
+        )
+    assert caught.value.code == "gradients_hidden"
+    assert hooks_of(trainer.model) == 0
