@@ -58,7 +58,8 @@ def row(page: Page, name: str) -> list[str]:
     """The first text of each cell: name, status, requires_grad, value, before, after, terms."""
     found = page.run(
         "return [...[...document.querySelectorAll('#rows .parameter')]"
-        ".find(r => r.dataset.name === arguments[0]).cells].map(c => c.firstChild?.textContent ?? '')",
+        ".find(r => r.dataset.name === arguments[0]).cells]"
+        ".map(c => c.firstChild?.textContent ?? '')",
         name,
     )
     return list(found)

@@ -167,7 +167,7 @@ class _Scale:
                 if len(found) >= 3:
                     return found[:: math.ceil(len(found) / 7)]
         low, high = (10**self.low, 10**self.high) if self.log else (self.low, self.high)
-        step = round_step((high - low) / 5)
+        step = round_step((high - low) / 8)
         first = math.ceil(low / step)
         return [round(at * step, 12) for at in range(first, math.floor(high / step) + 1)]
 

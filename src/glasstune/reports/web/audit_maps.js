@@ -56,8 +56,10 @@ const maps = (() => {
     const narrow = box.clientWidth < 560;
     const every = room >= 22 || columns.some((column) => Number.isNaN(Number(column.label))) ? 1 : 5;
     const table = el("table", { class: `heat${wide ? " wide" : ""}`, role: "grid", "aria-label": label });
+    table.style.setProperty("--cell", `${Math.floor(Math.min(96, Math.max(15, room - 3)))}px`);
     const heads = columns.map((column, index) => {
-      const shown = index % every === 0 ? column.label : "";
+      const whole = wide && column.title.length * 7 < Math.min(96, room); // There is room for all of it.
+      const shown = index % every === 0 ? (whole ? column.title : column.label) : "";
       const upright = !wide && shown.length > 2;
       return el("th", { scope: "col", role: "columnheader", title: column.title, class: upright ? "upright" : null, "aria-label": column.title },
         el("span", {}, shown));
