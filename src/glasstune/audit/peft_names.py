@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -68,6 +69,7 @@ def partner_of(name: str) -> tuple[str, str] | None:
     return None
 
 
+@lru_cache(maxsize=1 << 16)
 def layer_of(name: str) -> str:
     """Layer that a parameter is counted to: up to its first index, else its module.
 
