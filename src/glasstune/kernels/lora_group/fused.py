@@ -74,7 +74,8 @@ def adapter_gradients(
             down = downs_ki[rank].to(dtypes[2 * index])
         if needed[2 * index + 1]:
             thin = grad_Tn[:, out].t() @ low_Tk[:, rank]
-            up = (thin.float() * scale).to(dtypes[2 * index + 1])
+            exact = torch.promote_types(thin.dtype, torch.float32)
+            up = (thin.to(exact) * scale).to(dtypes[2 * index + 1])
         found += [down, up]
     return found
 

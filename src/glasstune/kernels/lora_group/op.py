@@ -99,4 +99,8 @@ def _check(x: Tensor, weight: Tensor, shape: tuple[int, int]) -> None:
 
 
 def _members(y: Tensor, x: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-    return torch.split(y.view(*x.shape[:-1], layout.rows), list(layout.outs), -1)
+    # A model may write into an output (falcon adds to one): a part made by torch.split refuses.
+    whole = y.view(*x.shape[:-1], layout.rows)
+    if len(layout.outs) == 1:
+        return (whole,)
+    return tuple(whole[..., rows] for rows in layout.out_slices())
