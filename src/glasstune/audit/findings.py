@@ -65,6 +65,7 @@ class Facts:
     compiled: bool
     reentrant: bool
 
+
 WORTH_SAYING = 0.005
 """Share below which a term that works against the step is not worth a line."""
 
