@@ -259,6 +259,27 @@ def test_split_follows_the_seed_and_not_the_order_of_rows() -> None:
     assert held(alpaca(40), 0) != held(alpaca(40), 1)
 
 
+def test_lengths_are_percentiles() -> None:
+    data = prepare([{"text": "a " * k} for k in range(1, 41)], BASE)
+    lengths = [len(document) for document in data.train.documents]
+    assert data.record.lengths == {
+        "p50": int(np.percentile(lengths, 50)),
+        "p95": int(np.percentile(lengths, 95)),
+        "max": max(lengths),
+    }
+    assert len(set(lengths)) > 20
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5, 0.95])
+def test_held_out_is_a_share_of_the_texts_and_not_of_the_rows(seed: int, share: float) -> None:
+    keys = np.random.default_rng(0).integers(0, 60, 300).astype(np.uint64)
+    held = held_out(keys, share, seed)
+    different = len(set(keys.tolist()))
+    assert len(set(keys[held].tolist())) == (max(1, round(share * different)) if share else 0)
+    assert not set(keys[held].tolist()) & set(keys[~held].tolist())
+
+
 @pytest.mark.parametrize(
     ("count", "share", "expected"),
     [(2, 0.02, 1), (1, 0.5, 0), (100, 0.02, 2), (2, 0.99, 1), (9, 0, 0)],

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from glasstune.core.batch import IntArray
 from glasstune.core.errors import InputError
 from glasstune.core.findings import Finding
 from glasstune.core.records import DataRecord
@@ -139,15 +140,15 @@ class Ledger:
             duplicates: Training rows whose text another row has, too.
         """
         whole = self.merged()
-        lengths = documents.lengths if len(documents) else np.zeros(1, dtype=np.int32)
+        lengths, trained, sources = documents.lengths, documents.trained, documents.sources
         by_source: dict[str, dict[str, int]] = {}
         for index, name in enumerate(self.names):
-            own = documents.sources == index
+            own = sources == index
             by_source[name] = {
                 "rows": self.tallies[index].rows,
                 "kept": int(own.sum()),
-                "tokens": int(documents.lengths[own].sum(dtype=np.int64)),
-                "trained_tokens": int(documents.trained[own].sum(dtype=np.int64)),
+                "tokens": int(lengths.sum(dtype=np.int64, where=own)),
+                "trained_tokens": int(trained.sum(dtype=np.int64, where=own)),
             }
         dropped = self.dropped()
         if whole.rows != len(documents) + sum(dropped.values()):
@@ -156,13 +157,9 @@ class Ledger:
             rows=whole.rows,
             kept=len(documents),
             dropped=dropped,
-            tokens=int(documents.lengths.sum(dtype=np.int64)),
-            trained_tokens=int(documents.trained.sum(dtype=np.int64)),
-            lengths={
-                "p50": int(np.percentile(lengths, 50)),
-                "p95": int(np.percentile(lengths, 95)),
-                "max": int(lengths.max()),
-            },
+            tokens=int(lengths.sum(dtype=np.int64)),
+            trained_tokens=int(trained.sum(dtype=np.int64)),
+            lengths=_percentiles(lengths),
             by_source=by_source,
             findings=self.all_findings(),
             policies=policies,
@@ -194,3 +191,17 @@ def histogram(lengths: NDArray[np.int32], bins: int = 40) -> list[list[int]]:
         [(start + at) * width, (start + at + 1) * width - 1, count]
         for at, count in enumerate(counts)
     ]
+
+
+def _percentiles(lengths: IntArray) -> dict[str, int]:
+    """Returns NumPy's percentiles of an array that may be sorted, without its copies in float64."""
+    if not len(lengths):
+        return {"p50": 0, "p95": 0, "max": 0}
+    lengths.sort()
+    found: dict[str, int] = {}
+    for share in (50, 95):
+        whole, part = divmod(share * (len(lengths) - 1), 100)
+        above = min(whole + 1, len(lengths) - 1)
+        low, high = int(lengths[whole]), int(lengths[above])
+        found[f"p{share}"] = low + (high - low) * part // 100
+    return {**found, "max": int(lengths[-1])}

@@ -184,7 +184,9 @@ class _Sides:
         if config.validation:
             judge_overlap(ledger, store, keys, train, validation)
         else:
-            held = held_out(keys[train], config.validation_split, seed)
+            if len(train) < len(keys):
+                keys = keys[train]
+            held = held_out(keys, config.validation_split, seed)
             train, validation = train[~held], train[held]
         return cls(train, validation, doubles)
 
