@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from chat_tokenizers import TEMPLATES, chat_tokenizer
 from conversations import render_row
@@ -9,7 +11,9 @@ from fuzz import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glasstune.data.places import Places, tokenise_texts
+from glasstune.data.errors import RowError
+from glasstune.data.formats import Example
+from glasstune.data.places import Places, quick_ids, tokenise_texts
 from glasstune.data.prompts import Prompts
 from glasstune.data.template import resolve_template
 
@@ -75,3 +79,62 @@ def test_places_are_those_of_the_list_of_offsets(
     assert [tokens.places.start(k) for k in range(len(tokens.ids))] == [
         start for start, _ in found["offset_mapping"]
     ]
+
+
+@pytest.mark.parametrize("style", list(TEMPLATES))
+@settings(max_examples=examples(40), deadline=None)
+@given(
+    turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=3),
+    train_on=st.sampled_from(["assistant", "last_assistant", "all"]),
+)
+def test_rows_without_offsets_are_rows_with_them(
+    style: str, turns: list[tuple[str, str]], train_on: Any
+) -> None:
+    from glasstune.data import encode
+
+    template = resolve_template(chat_tokenizer(style), None, {})
+    messages = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    example = Example("chat", messages=messages)
+    quick = encode.encode_examples(template, [example], train_on)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "quick_ids", lambda *_: None)
+        slow = encode.encode_examples(template, [example], train_on)[0]
+    if isinstance(slow, RowError):
+        assert isinstance(quick, RowError)
+        assert quick.code == slow.code
+    else:
+        assert quick == slow
+
+
+def test_the_usual_row_needs_no_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    from glasstune.data import encode
+
+    asked: list[int] = []
+    real = encode.tokenise_texts
+    monkeypatch.setattr(
+        encode, "tokenise_texts", lambda tok, items: asked.append(len(items)) or real(tok, items)
+    )
+    template = resolve_template(chat_tokenizer("chatml"), None, {})
+    turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
+    encode.encode_examples(template, [Example("chat", messages=turns * 2)] * 3, "assistant")
+    assert asked == [0]
+
+
+def test_what_an_earlier_call_left_behind_changes_nothing() -> None:
+    tokenizer = chat_tokenizer("chatml")
+    plain = quick_ids(tokenizer, ["why so? <|im_end|>"])
+    tokenizer(["a b c"], truncation=True, max_length=2)
+    assert quick_ids(tokenizer, ["why so? <|im_end|>"]) == plain
+    assert plain == [tokenizer("why so? <|im_end|>", add_special_tokens=False)["input_ids"]]
+
+
+def test_tokens_that_are_added_later_are_seen() -> None:
+    tokenizer = chat_tokenizer("chatml")
+    template = resolve_template(tokenizer, None, {})
+    assert "<later>" not in Prompts.of(template).tokens
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<later>"]})
+    assert "<later>" in Prompts.of(template).tokens

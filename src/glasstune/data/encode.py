@@ -10,7 +10,7 @@ from glasstune.core.batch import IGNORED
 from glasstune.data.baichuan2 import baichuan2_encode, check_baichuan2
 from glasstune.data.errors import RowError, refuse
 from glasstune.data.formats import Example
-from glasstune.data.places import Places, Tokens, tokenise_texts
+from glasstune.data.places import Places, Tokens, quick_ids, tokenise_texts
 from glasstune.data.prompts import Prompts
 from glasstune.data.roles import Message
 from glasstune.data.spans import Rendered, Tools
@@ -149,21 +149,38 @@ def _chats(
         return _baichuan2(template, examples, train_on)
     rendered = [_rendered(template, example) for example in examples]
     good = [row for row in rendered if isinstance(row, Rendered)]
-    encoded_texts = tokenise_texts(template.tokenizer, [row.text for row in good])
-    prompts = iter(Prompts.of(template).encode(good, encoded_texts))
-    tokens = iter(encoded_texts)
+    labelled = iter(_labelled(template, good, train_on))
     rows: list[Encoded | RowError] = []
     for example, row in zip(examples, rendered, strict=True):
-        if isinstance(row, RowError):
-            rows.append(row)
-            continue
-        try:
-            encoded = _label(template, row, next(tokens), next(prompts), train_on)
-            encoded.silent_tools = bool(example.tools) and not template.traits.renders_tools
-            rows.append(encoded)
-        except RowError as error:
-            rows.append(error)
+        found = row if isinstance(row, RowError) else next(labelled)
+        if isinstance(found, Encoded):
+            found.silent_tools = bool(example.tools) and not template.traits.renders_tools
+        rows.append(found)
     return rows
+
+
+def _labelled(
+    template: ChatTemplate, rows: Sequence[Rendered], train_on: TrainOn
+) -> list[Encoded | RowError]:
+    """Tokenises rendered conversations and labels them."""
+    tokenizer, prompts = template.tokenizer, Prompts.of(template)
+    found: list[Encoded | RowError | None] = [None] * len(rows)
+    ids = quick_ids(tokenizer, [row.text for row in rows]) if prompts.tokens and rows else None
+    for number, own in enumerate(ids or ()):
+        spans = prompts.quick(rows[number], own)
+        if spans is not None:
+            found[number] = _encoded(template, rows[number], own, spans, train_on)
+    numbers = [number for number, row in enumerate(found) if row is None]
+    rest = [rows[number] for number in numbers]
+    tokens = tokenise_texts(tokenizer, [row.text for row in rest])
+    for number, row, whole, prompt in zip(
+        numbers, rest, tokens, prompts.encode(rest, tokens), strict=True
+    ):
+        try:
+            found[number] = _label(template, row, whole, prompt, train_on)
+        except RowError as error:
+            found[number] = error
+    return [row for row in found if row is not None]
 
 
 def _rendered(template: ChatTemplate, example: Example) -> Rendered | RowError:
@@ -198,12 +215,25 @@ def _label(
         first < last and places.start(first) < start
         for (first, last), (start, _) in zip(spans, row.spans, strict=True)
     )
-    drifted = row.drifted > 0 or joined or ids[: spans[-1][0]] != prompt
+    encoded = _encoded(template, row, ids, spans, train_on)
+    encoded.drifted = row.drifted > 0 or joined or ids[: spans[-1][0]] != prompt
+    encoded.split = split
+    return encoded
+
+
+def _encoded(
+    template: ChatTemplate,
+    row: Rendered,
+    ids: list[int],
+    spans: list[tuple[int, int]],
+    train_on: TrainOn,
+) -> Encoded:
+    """Labels tokens whose trained spans are known, and adds the end that a template leaves out."""
     whole = list(ids)
     if row.open_end:
-        whole += _ending(tokenizer, ids)
-        spans[-1] = (spans[-1][0], len(whole))
-    return Encoded(whole, _labels(whole, spans, train_on), drifted, split)
+        whole += _ending(template.tokenizer, ids)
+        spans = [*spans[:-1], (spans[-1][0], len(whole))]
+    return Encoded(whole, _labels(whole, spans, train_on), row.drifted > 0)
 
 
 def _apart(

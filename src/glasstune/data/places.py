@@ -136,3 +136,22 @@ def tokenise_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list
         Tokens(ids, EncodingPlaces(encoding, len(ids)))
         for ids, encoding in zip(found["input_ids"], found.encodings, strict=True)
     ]
+
+
+def quick_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]] | None:
+    """Returns the ids of each text without offsets; None where only the tokenizer's call will do.
+
+    The library's own call without offsets takes a fifth less time than the one with them, which
+    transformers always makes.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    encode = getattr(backend, "encode_batch_fast", None)
+    if encode is None or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    own = type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus
+    if own or type(tokenizer).__call__ is not PreTrainedTokenizerFast.__call__:
+        return None
+    encode_plain(tokenizer, ["a"])  # takes back what an earlier call with truncation left behind
+    return [encoding.ids for encoding in encode(texts, add_special_tokens=False)]

@@ -10,7 +10,8 @@ the same for every row. Whether a tokenizer keeps to this is tried out once.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from glasstune.data.template import ChatTemplate
 
+_NEAR = 200
+"""Characters between the last added token of a prompt and its end."""
 _SAMPLES = ("why", "Why not? 12,3 ", " a\n\nb\t", "\u4e8c\u00e9\n", "x" * 40 + " \n ")
 
 
@@ -42,6 +45,10 @@ class Prompts:
     tokens: dict[str, int]
     pattern: re.Pattern[str]
     endings: dict[str, list[int]] = field(default_factory=dict)
+    _known: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._known = frozenset(self.tokens.values())
 
     @staticmethod
     def of(template: ChatTemplate) -> Prompts:
@@ -70,16 +77,61 @@ class Prompts:
         first = whole.places.token_at(at, at + len(token))
         if first is None or whole.ids[first] != self.tokens[token]:
             return None
-        ending = row.prompt[at:]
-        if ending not in self.endings:
+        ending = self._ending(row.prompt[at:])
+        return None if ending is None else whole.ids[:first] + ending
+
+    def _ending(self, text: str) -> list[int] | None:
+        """Returns the ids of a short text that starts with a token, kept for the next row."""
+        if text not in self.endings:
             if len(self.endings) > 1000:  # endings that hold text: nothing to gain
                 return None
-            self.endings[ending] = encode_plain(self.tokenizer, [ending])[0]
-        return whole.ids[:first] + self.endings[ending]
+            self.endings[text] = encode_plain(self.tokenizer, [text])[0]
+        return self.endings[text]
+
+    def quick(self, row: Rendered, ids: list[int]) -> list[tuple[int, int]] | None:
+        """Finds the tokens of a row's spans without any offsets.
+
+        Args:
+            row: A conversation.
+            ids: Of its whole text.
+
+        Returns:
+            Per span its first token and the one behind its last, where each span starts behind a
+            whole number of tokens, the last where its prompt's ids end, and ends with an added
+            token or the text. None if that cannot be told from the ids alone.
+        """
+        if not row.text.startswith(row.prompt) or len(row.prompt) != row.spans[-1][0]:
+            return None
+        matches = list(self.pattern.finditer(row.text))
+        known = self._known
+        places = [place for place, index in enumerate(ids) if index in known]
+        # One id for each token in the text, in order: then the n-th of both are the same.
+        if [ids[place] for place in places] != [self.tokens[match[0]] for match in matches]:
+            return None
+        starts, ends = [match.start() for match in matches], [match.end() for match in matches]
+        spans: list[tuple[int, int]] = []
+        for start, end in row.spans:
+            last = bisect_right(ends, start) - 1
+            if last < 0 or start - starts[last] > _NEAR:
+                return None
+            ending = self._ending(row.text[starts[last] : start])
+            if ending is None or self.tokenizer.unk_token_id in ending:
+                return None
+            first = places[last] + len(ending)
+            if ids[places[last] : first] != ending:
+                return None
+            if end == len(row.text):
+                spans.append((first, len(ids)))
+                continue
+            closing = bisect_left(ends, end)
+            if closing == len(ends) or ends[closing] != end:
+                return None
+            spans.append((first, max(first, places[closing] + 1)))
+        return spans
 
     def _last_token(self, prompt: str) -> tuple[int, str]:
         # Endings are short; a token further ahead would leave text to be tokenised anyway.
-        start = max(0, len(prompt) - 200)
+        start = max(0, len(prompt) - _NEAR)
         matches = list(self.pattern.finditer(prompt, start))
         return (matches[-1].start(), matches[-1].group()) if matches else (-1, "")
 
@@ -97,16 +149,18 @@ class Prompts:
 
 
 class _ById:
-    """A tokenizer that is equal to itself alone; tokenizers compare by content otherwise."""
+    """A tokenizer that is equal to itself alone, until tokens are added to it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self.size = len(tokenizer)
 
     def __hash__(self) -> int:
-        return id(self.tokenizer)
+        return hash((id(self.tokenizer), self.size))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ById) and other.tokenizer is self.tokenizer
+        same = isinstance(other, _ById) and other.tokenizer is self.tokenizer
+        return same and other.size == self.size  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=8)
@@ -120,11 +174,12 @@ def _prompts(key: _ById) -> Prompts:
         if not (token.lstrip or token.rstrip or token.single_word or token.normalized)
         and token.special
     }
+    few = dict(list(tokens.items())[:20])
+    if not few or not Prompts(tokenizer, few, _any_of(few)).holds():
+        tokens = {}
+    return Prompts(tokenizer, tokens, _any_of(tokens))
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     ordered = sorted(tokens, key=len, reverse=True)
-    prompts = Prompts(tokenizer, tokens, re.compile("|".join(map(re.escape, ordered)) or "(?!)"))
-    if (
-        not tokens
-        or not Prompts(tokenizer, dict(list(tokens.items())[:20]), prompts.pattern).holds()
-    ):
-        prompts.tokens = {}
-    return prompts
+    return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
