@@ -234,3 +234,50 @@ def test_families_with_a_soft_cap_get_the_attention_that_has_it(tmp_path):
     choices = Choices()
     assert load(folder, choices).config._attn_implementation == "eager"
     assert "soft cap" in choices.get("model.attn_implementation").reason
+
+
+def _read_back_by_table(width: int) -> bool:
+    """Whether bitsandbytes reads rows of a width back as code times scale, on this machine."""
+    torch.manual_seed(1)
+    weight = torch.randn(64, width, dtype=torch.bfloat16)
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    theirs = bitsandbytes.functional.dequantize_4bit(packed, state).float()
+    codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1).long()
+    right = (state.code[codes].view(-1, 64) * state.absmax[:, None]).view(64, width)
+    return torch.allclose(theirs, right, rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.parametrize("hidden", [64, 96])
+def test_4_bit_rows_that_this_cpu_misreads_are_said(hidden, tmp_path):
+    """With AVX-512, bitsandbytes 0.50.2 takes scales of other blocks for rows of 96."""
+    folder = save_tiny_model(tmp_path / "m", hidden_size=hidden, intermediate_size=128)
+    choices = Choices()
+    load(folder, choices, bits=4)
+    choice = choices.get("model.misread_4bit_layers")
+    assert (choice is None) == _read_back_by_table(hidden)
+    if choice is not None:
+        # Two blocks: q, k, v and o, gate and up read rows of 96; down reads rows of 128.
+        assert choice.value == 2 * 6
+        assert "rows of 96 weights" in choice.reason
+        assert "model.layers.0.self_attn.q_proj" in choice.reason
+
+
+def test_misread_rows_are_seen_on_any_cpu(tmp_path, monkeypatch):
+    folder = save_tiny_model(tmp_path / "m", hidden_size=72, intermediate_size=128)
+    choices = Choices()
+    load(folder, choices, bits=4)
+    assert choices.get("model.misread_4bit_layers") is None  # 72 is no multiple of 16
+    real = bitsandbytes.functional.dequantize_4bit
+
+    def shifted(packed, state):
+        state.absmax = state.absmax.roll(1)
+        return real(packed, state)
+
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", shifted)
+    load(folder, choices, bits=4)
+    choice = choices.get("model.misread_4bit_layers")
+    assert choice is not None
+    assert choice.value == 12
+    assert choice.reason.startswith("warning: bitsandbytes reads 4-bit rows of 72 weights")
+    load(folder, others := Choices(), bits=8)
+    assert others.get("model.misread_4bit_layers") is None

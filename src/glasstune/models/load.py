@@ -19,6 +19,7 @@ from glasstune.models.quantization import (
     guard_cpu_4bit,
     is_packed_weight,
     is_quantized,
+    misread_layers,
 )
 from glasstune.models.quiet import quiet_transformers
 from glasstune.models.resolve import ResolvedModel
@@ -66,7 +67,8 @@ def load_base(config: ModelConfig, resolved: ResolvedModel, *, choices: Choices)
         _say_converted(model, config, choices)
     if compute != dtype:
         _cast_floats(model, dtype, compute)
-    guard_cpu_4bit(model)
+    if guard_cpu_4bit(model):
+        _say_misread(model, choices)
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
@@ -164,6 +166,21 @@ def _say_converted(model: PreTrainedModel, config: ModelConfig, choices: Choices
         len(small),
         f"stored at {config.bits} bit: exactly nn.Linear or Conv1D; the head, what is tied and the "
         "skip list stay",
+    )
+
+
+def _say_misread(model: PreTrainedModel, choices: Choices) -> None:
+    """Warns of 4-bit layers that run with other weights on this CPU than on a GPU."""
+    layers = misread_layers(model)
+    if not layers:
+        return
+    widths = ", ".join(f"{width:,}" for width in sorted(set(layers.values())))
+    choices.record(
+        "model.misread_4bit_layers",
+        len(layers),
+        f"warning: bitsandbytes reads 4-bit rows of {widths} weights back wrong on this CPU "
+        f"({next(iter(layers))} and others): what is trained or answered here is not the model "
+        "that a GPU runs; set model.bits=8 or 16, or use a GPU",
     )
 
 

@@ -14,7 +14,11 @@ from glasstune.core.choices import Choices
 from glasstune.core.config import ModelConfig
 from glasstune.core.errors import InputError
 from glasstune.core.names import check_names
+from glasstune.kernels.expand.reference import expand_4bit_reference
 from glasstune.kernels.int8_linear import Int8Linear
+
+BLOCK_4BIT = 64
+"""Weights that share a scale at 4 bit: bitsandbytes' default, which transformers keeps."""
 
 _LLM_INT8_ONLY = ("llm_int8_threshold", "llm_int8_has_fp16_weight")
 _WHERE = "model.quantization"
@@ -147,6 +151,64 @@ def guard_cpu_4bit(model: nn.Module) -> int:
             module.support_avx512bf16_for_cpu = False
             count += 1
     return count
+
+
+def misread_widths(
+    widths: Iterable[int], dtype: torch.dtype, *, quant_type: str = "nf4"
+) -> list[int]:
+    """Returns the row widths that bitsandbytes reads back wrong from 4 bit on this CPU.
+
+    Seen in 0.50.2 with AVX-512: rows that are a multiple of 16 but not of 64 get the scales of
+    other blocks. On CUDA they are read right. Eight rows of each width are tried, and compared
+    with code times scale.
+
+    Args:
+        widths: Weights of a row.
+        dtype: Of the weight that is read back.
+        quant_type: `nf4` or `fp4`.
+    """
+    from bitsandbytes import functional
+
+    wrong = []
+    for width in sorted(set(widths)):
+        # Whole blocks a row are never wrong; odd rows go through another function of theirs,
+        # right but compiled at its first call.
+        if width % BLOCK_4BIT == 0 or width % 2:
+            continue
+        # Neighbouring blocks differ by a factor of two or more, so another's scale is seen.
+        places = torch.arange(8 * width)
+        scales = 2.0 ** (places // BLOCK_4BIT * 7 % 11)
+        probe = (torch.cos(places.float()) * scales).to(dtype).view(8, width)
+        packed, state = functional.quantize_4bit(probe, blocksize=BLOCK_4BIT, quant_type=quant_type)
+        right = torch.empty(8, width)
+        expand_4bit_reference(packed, state.absmax, state.code, BLOCK_4BIT, right)
+        theirs = functional.dequantize_4bit(packed, state).float()
+        if not torch.allclose(theirs, right, rtol=0.01, atol=1e-6):
+            wrong.append(width)
+    return wrong
+
+
+def misread_layers(model: nn.Module) -> dict[str, int]:
+    """Returns path to row width of the 4-bit layers that this CPU reads wrong.
+
+    Args:
+        model: Any model; layers on another device are read right.
+    """
+    import bitsandbytes
+
+    found: dict[tuple[torch.dtype, str], dict[str, int]] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, bitsandbytes.nn.Linear4bit):
+            continue
+        state: Any = module.weight.quant_state
+        if state is not None and module.weight.device.type == "cpu":
+            kind = (state.dtype, str(state.quant_type))
+            found.setdefault(kind, {})[path] = int(state.shape[-1])
+    layers: dict[str, int] = {}
+    for (dtype, quant_type), widths in found.items():
+        wrong = misread_widths(widths.values(), dtype, quant_type=quant_type)
+        layers |= {path: width for path, width in widths.items() if width in wrong}
+    return layers
 
 
 def adam_8bit(

@@ -21,14 +21,12 @@ from glasstune.models.inspect.live import foreign_quantization, live_bits
 from glasstune.models.inspect.match import LeafWeight, live_leaves, match_leaves
 from glasstune.models.inspect.source import ModelSource, own_quantization, quantization_method
 from glasstune.models.inspect.weights import Rows, open_checkpoint, weights_folder
+from glasstune.models.quantization import BLOCK_4BIT, misread_widths
 
 KEYS = ("8", "nf4", "fp4", "nf4_double")
 
 DEFAULT_MEMORY = 4 * 2**30
 """Bytes that may be held at a time, beside the process itself."""
-
-_BLOCK = 64
-"""Weights that share a scale at 4 bit: bitsandbytes' default, which transformers keeps."""
 
 _NESTED_BLOCK = 256
 """Scales that share a scale of their own under double quantisation."""
@@ -151,13 +149,13 @@ class _Codes:
 
     def __init__(self, count: int) -> None:
         self.packed = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8)
-        self.scales = torch.empty(-(-count // _BLOCK))
+        self.scales = torch.empty(-(-count // BLOCK_4BIT))
 
     def span(self, first: int, last: int) -> tuple[slice, slice]:
         """Returns where the codes and scales of weights first..last lie; first is a block's."""
         return (
             slice(first // 2, (last + 1) // 2),
-            slice(first // _BLOCK, -(-last // _BLOCK)),
+            slice(first // BLOCK_4BIT, -(-last // BLOCK_4BIT)),
         )
 
 
@@ -204,7 +202,7 @@ def _int8(sums: _Sums, chunk: Tensor) -> int:
 
 def _four_bit(sums: _Sums, kind: str, chunk: Tensor) -> tuple[Tensor, Tensor]:
     """Returns packed codes and scales."""
-    packed, state = bnb.quantize_4bit(chunk.reshape(-1), blocksize=_BLOCK, quant_type=kind)
+    packed, state = bnb.quantize_4bit(chunk.reshape(-1), blocksize=BLOCK_4BIT, quant_type=kind)
     sums.rows(kind, _expand(packed, state.absmax, kind, chunk), chunk)
     return packed, state.absmax
 
@@ -220,7 +218,7 @@ def _expand(packed: Tensor, scale: Tensor, kind: str, chunk: Tensor) -> Tensor:
         absmax=scale,
         shape=torch.Size((1, count + count % 2)),
         dtype=chunk.dtype,
-        blocksize=_BLOCK,
+        blocksize=BLOCK_4BIT,
         quant_type=kind,
     )
     expanded: Tensor = bnb.dequantize_4bit(packed, state)
@@ -250,9 +248,9 @@ def _step(weight: LeafWeight, budget: int) -> int:
         InputError: `memory_budget`.
     """
     out, width = weight.shape
-    unit = _BLOCK // math.gcd(width, _BLOCK)
+    unit = BLOCK_4BIT // math.gcd(width, BLOCK_4BIT)
     # Packed NF4 codes, and some copies of the scales.
-    kept = out * width // 2 + 16 * (out * width // _BLOCK)
+    kept = out * width // 2 + 16 * (out * width // BLOCK_4BIT)
     room = (budget - weight.held - kept) // _CHUNK_BYTES
     least = unit * width
     if room < least:
@@ -314,18 +312,10 @@ def _rounded(weights: Sequence[LeafWeight], dtype: str) -> list[Finding]:
 def _misread(weights: Sequence[LeafWeight], dtype: torch.dtype) -> list[Finding]:
     """Warns where bitsandbytes on this CPU reads 4-bit rows of some width back wrong.
 
-    Seen in 0.50.2 with AVX-512: rows that are a multiple of 16 but not of 64 get scales of other
-    blocks. The errors here are those of the format, which CUDA reads right.
+    The errors here are those of the format, which CUDA reads right.
     """
     findings = []
-    for width in sorted({weight.shape[1] for weight in weights if weight.shape[1] % _BLOCK}):
-        if width % 2:  # another function of theirs, right but compiled
-            continue
-        probe = torch.linspace(-1, 1, 2 * _BLOCK * width, dtype=dtype).reshape(-1, width)
-        packed, state = bnb.quantize_4bit(probe, blocksize=_BLOCK, quant_type="nf4")
-        theirs = bnb.dequantize_4bit(packed, state)
-        if torch.equal(theirs.reshape(-1), _expand(packed, state.absmax, "nf4", probe)):
-            continue
+    for width in misread_widths((weight.shape[1] for weight in weights), dtype):
         paths = [weight.path for weight in weights if weight.shape[1] == width]
         says = (
             f"bitsandbytes reads 4-bit rows of {width} weights back wrong on this CPU "
