@@ -10,6 +10,8 @@ import pytest
 import torch
 from runs import QuietProgress, events, tiny_run
 
+import glasstune as gt
+from glasstune.core.choices import Choices
 from glasstune.core.errors import InputError
 from glasstune.core.records import TrainRecord
 from glasstune.workflows.evaluate import evaluate
@@ -152,3 +154,27 @@ def test_a_base_model_without_template_continues_text(tiny_llama: Path, tmp_path
     with pytest.raises(InputError, match="no chat template") as caught:
         generate(str(base), [{"messages": talk}], dtype="float32")
     assert caught.value.where == "prompt 1"
+
+
+def test_choices_that_warn_are_said_without_a_run_too(
+    tiny_llama: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4-bit layers that this CPU misreads: whoever answers or measures with them is told."""
+    from glasstune.models import load
+
+    def warn(model: Any, choices: Choices) -> None:
+        choices.record("model.misread_4bit_layers", 3, "warning: read wrong here")
+        choices.record("model.other", 1, "no reason to warn")
+
+    monkeypatch.setattr(load, "_say_misread", warn)
+    _, _, held_out = run
+    for work in (
+        lambda said: generate(str(tiny_llama), ["hi"], bits=4, max_new_tokens=1, progress=said),
+        lambda said: evaluate(str(tiny_llama), str(held_out), bits=4, progress=said),
+    ):
+        said = QuietProgress()
+        work(said)
+        assert said.lines.count("warning: read wrong here") == 1
+        assert not any("no reason to warn" in line for line in said.lines)
+    with pytest.warns(UserWarning, match="^read wrong here$"):
+        gt.load_model(str(tiny_llama), bits=4)

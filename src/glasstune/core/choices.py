@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+WARNING = "warning: "
+"""How the reason of a choice begins that every road must say, not only a training run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -50,6 +53,10 @@ class Choices:
     def get(self, name: str) -> Choice | None:
         """Returns the choice of that name, or None."""
         return self._by_name.get(name)
+
+    def warnings(self) -> list[str]:
+        """Returns the reasons that warn: they begin with `warning: `."""
+        return [choice.reason for choice in self if choice.reason.startswith(WARNING)]
 
     def to_list(self) -> list[dict[str, Any]]:
         """Returns the JSON list that `run.json` holds."""

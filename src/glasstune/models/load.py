@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from glasstune.core.choices import Choices
+from glasstune.core.choices import WARNING, Choices
 from glasstune.core.config import ModelConfig
 from glasstune.core.errors import InputError
 from glasstune.models.families.table import family_of
@@ -178,7 +178,7 @@ def _say_misread(model: PreTrainedModel, choices: Choices) -> None:
     choices.record(
         "model.misread_4bit_layers",
         len(layers),
-        f"warning: bitsandbytes reads 4-bit rows of {widths} weights back wrong on this CPU "
+        f"{WARNING}bitsandbytes reads 4-bit rows of {widths} weights back wrong on this CPU "
         f"({next(iter(layers))} and others): what is trained or answered here is not the model "
         "that a GPU runs; set model.bits=8 or 16, or use a GPU",
     )

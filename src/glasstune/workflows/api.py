@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glasstune.core.choices import Choices
+from glasstune.core.choices import WARNING, Choices
 from glasstune.core.config import Config, ModelConfig
 from glasstune.core.config_load import LoadedConfig, config_from_mapping, load_config
 from glasstune.core.protocols import Progress
@@ -94,4 +95,6 @@ def load_model(path: str, **options: Any) -> tuple[Any, Any]:
     trust = config.trust_remote_code
     resolved = resolve_model(config.path, trust_remote_code=trust, choices=choices)
     model = load_base(config, resolved, choices=choices)
+    for text in choices.warnings():
+        warnings.warn(text.removeprefix(WARNING), stacklevel=2)
     return model, load_tokenizer(resolved.folder_or_id, trust_remote_code=trust)

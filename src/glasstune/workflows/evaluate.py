@@ -13,7 +13,7 @@ from glasstune.core.errors import InputError
 from glasstune.core.protocols import Progress
 from glasstune.core.records import EvaluateRecord
 from glasstune.data.write import write_rows
-from glasstune.workflows.open_model import OpenModel, open_model
+from glasstune.workflows.open_model import OpenModel, open_model, say_warnings
 
 
 def evaluate(
@@ -63,6 +63,7 @@ def evaluate(
         run_or_model, checkpoint=checkpoint, no_adapter=no_adapter, choices=choices, bits=bits,
         **overrides,
     )  # fmt: skip
+    say_warnings(opened, progress)
     config = data_config(opened, data, **mine)
     return evaluate_opened(opened, config, batch_size=batch_size, progress=progress)
 

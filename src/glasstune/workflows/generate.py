@@ -10,7 +10,7 @@ from glasstune.core.choices import Choices
 from glasstune.core.errors import InputError
 from glasstune.core.files import dump_json, write_text_atomic
 from glasstune.core.protocols import Progress
-from glasstune.workflows.open_model import OpenModel, open_model
+from glasstune.workflows.open_model import OpenModel, open_model, say_warnings
 
 Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """A text, `{"prompt": text}`, `{"messages": [...], "tools": [...]}`, or the messages themselves."""
@@ -62,6 +62,7 @@ def generate(
         run_or_model, checkpoint=checkpoint, no_adapter=no_adapter, choices=Choices(), bits=bits,
         **overrides,
     )  # fmt: skip
+    say_warnings(opened, progress)
     return generate_opened(
         opened, conversations, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
         seed=seed, batch_size=batch_size, progress=progress,

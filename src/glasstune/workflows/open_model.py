@@ -14,6 +14,7 @@ from glasstune.core.choices import Choices
 from glasstune.core.config import DataConfig, ModelConfig
 from glasstune.core.config_load import config_from_mapping, load_config
 from glasstune.core.errors import InputError
+from glasstune.core.protocols import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -176,6 +177,13 @@ def open_model(
         else lambda: torch.autocast(device.type, dtype=dtype),
         choices=choices,
     )
+
+
+def say_warnings(opened: OpenModel, progress: Progress | None) -> None:
+    """Says which choices of the load warn."""
+    if progress is not None:
+        for text in opened.choices.warnings():
+            progress.say(text)
 
 
 def _tokenizer(location: Location, base: str, choices: Choices) -> tuple[Any, ChatTemplate]:
