@@ -95,11 +95,9 @@ def fill(model: Any, seed: int = 2) -> None:
             parameter.data.copy_(drawn)
 
 
-def tiny(family: str, bits: int = 32, **options: Any) -> Any:
-    """An adapted model of a family; 32 bits are float32, 16 bfloat16."""
-    model = family_model(family, **wide_enough(family))
-    if bits != 32:
-        model = model.to(torch.bfloat16)
+def tiny(family: str, bits: int = 32, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """An adapted model of a family; 32 and 16 bits are not packed."""
+    model = family_model(family, **wide_enough(family)).to(dtype)
     if bits in (8, 4):
         quantize(model, bits)
     return adapted(model, **options)

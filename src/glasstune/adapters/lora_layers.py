@@ -58,7 +58,8 @@ def why_no_linear_lora(layer: nn.Module) -> str | None:
         if kind.__name__ == "ParamWrapper":
             return "LoRA on a bare parameter (target_parameters), for example of experts"
         return f"a layer of class {kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}"
-    if "forward" in layer.__dict__:
+    own = layer.__dict__.get("forward")
+    if own is not None and getattr(own, "__func__", None) is not kind.forward:
         return "its forward was replaced before"
     if getattr(layer, "tp_layer", None) is not None:
         return "it is split over devices (tensor parallel)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -92,26 +93,52 @@ class Entry:
     """
 
     def __init__(self, block: nn.Module, groups: Sequence[Group], compiled: Any) -> None:
-        self.run: Callable[..., Any] = block._call_impl
+        self.block: Any = block
+        self.plain: Callable[..., Any] = block._call_impl
         self.groups = list(groups)
         self.compiled = compiled
+        # transformers 5.24 recomputes a layer from within its forward, 5.17 from around its call.
+        self.recomputes_inside = not any(
+            "__call__" in kind.__dict__ for kind in type(block).__mro__ if kind is not nn.Module
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the block."""
         if torch.compiler.is_compiling():  # the whole model is being compiled by someone
-            return self.run(*args, **kwargs)
+            return self.plain(*args, **kwargs)
+        if any(map(_is_cache, args)) or any(map(_is_cache, kwargs.values())):
+            # A cache grows with each token: every length would be a graph of its own.
+            try:
+                return self.plain(*args, **kwargs)
+            finally:
+                self._leave()
+        recomputed = getattr(self.block, "gradient_checkpointing", False) and self.block.training
+        if recomputed and self.recomputes_inside and torch.is_grad_enabled():
+            inner = partial(self._run_once, **kwargs)
+            return self.block._gradient_checkpointing_func(inner, *args)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            if any(map(_is_cache, args)) or any(map(_is_cache, kwargs.values())):
-                # A cache grows with each token: every length would be a graph of its own.
-                return self.run(*args, **kwargs)
             for group in self.groups:
                 group.look()
                 group.open = True
             return self.compiled(*args, **kwargs)
         finally:
-            for group in self.groups:
-                group.open = False
-                group.leave()
+            self._leave()
+
+    def _run_once(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs under a checkpoint that lies around the graph: dynamo does not trace one well."""
+        self.block.gradient_checkpointing = False
+        try:
+            return self._run(*args, **kwargs)
+        finally:
+            self.block.gradient_checkpointing = True
+
+    def _leave(self) -> None:
+        for group in self.groups:
+            group.open = False
+            group.leave()
 
 
 def compile_regions(

@@ -62,6 +62,7 @@ class Group:
         self.outs: tuple[Tensor, ...] | None = None
         self.taken: list[bool] = [False] * len(self.layers)
         self.with_grad = False
+        self.version = -1
 
     def look(self, in_training: bool = False) -> None:
         """Decides how the next call is computed, and brings M up to date.
@@ -91,6 +92,10 @@ class Group:
             return not (one and self.kind == "4bit")
         return x.dtype == self.wide.dtype or torch.is_autocast_enabled(x.device.type)
 
+    def holds(self, x: Tensor, index: int) -> bool:
+        """Whether outputs are there of this very tensor, as it is now, for this member to take."""
+        return self.x is x and not self.taken[index] and self.version == _version(x)
+
     def take(self, x: Tensor, index: int) -> Tensor:
         """Returns one member's output; the first to ask has all of them computed."""
         fresh = self.x is not x or self.taken[index]
@@ -99,6 +104,8 @@ class Group:
             self.x = x
             self.with_grad = torch.is_grad_enabled()
             self.taken = [False] * len(self.taken)
+            if not torch.compiler.is_compiling():
+                self.version = _version(x)
         out = self.outs[index]
         self.taken[index] = True
         if all(self.taken):

@@ -16,6 +16,8 @@ from glasstune.kernels.lora_group import MAX_MEMBERS
 
 _PROBE_TOKENS = 8
 
+WATCHED = "layers that were called with one tensor in a trial forward"
+
 
 def make_groups(
     model: nn.Module, example: Mapping[str, Any] | None
@@ -66,7 +68,7 @@ def _watched(
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return alone, f"a forward on a few tokens failed ({text})"
-    return shared_inputs(calls, list(layers)), "layers called with the same tensor in one forward"
+    return shared_inputs(calls, list(layers)), WATCHED
 
 
 def shared_inputs(calls: list[tuple[str, Tensor | None]], paths: list[str]) -> list[list[str]]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from glasstune.core.choices import Choices
 from glasstune.core.speed import ModuleSpeed, SpeedRecord
@@ -29,12 +30,14 @@ class SpeedReport:
         self,
         modules: list[ModuleSpeed],
         groups: list[Group],
+        hooks: Sequence[RemovableHandle],
         regions: dict[str, nn.Module],
         choices: Choices,
         restore: Sequence[Callable[[], object]],
     ) -> None:
         self.record = SpeedRecord(modules, list(regions), choices.to_list())
         self.groups = groups
+        self._hooks = hooks
         self._regions = regions
         self._restore: Sequence[Callable[[], object]] | None = restore
 
@@ -43,7 +46,7 @@ class SpeedReport:
         if self._restore is None:
             return
         free_regions(self._regions)
-        detach(self.groups)
+        detach(self.groups, self._hooks)
         for step in self._restore:
             step()
         self._restore = None

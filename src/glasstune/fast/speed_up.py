@@ -17,8 +17,8 @@ from glasstune.fast.bases import stored_bits
 from glasstune.fast.blocks import find_blocks, find_norms
 from glasstune.fast.compile import RECOMPILE_LIMIT, Compile, compile_regions, decide
 from glasstune.fast.group import Group
-from glasstune.fast.groups import make_groups
-from glasstune.fast.members import attach
+from glasstune.fast.groups import WATCHED, make_groups
+from glasstune.fast.members import attach, forget
 from glasstune.fast.report import SpeedReport
 from glasstune.models.packed import is_four_bit
 from glasstune.models.quantization import guard_cpu_4bit
@@ -43,8 +43,9 @@ def speed_up(
     computed as before and said in the report. Merging, switching off, loading, another adapter,
     `.to()` and saving work as ever.
 
-    Until `undo`, weights of a 16-bit base are views into larger tensors. An adapter that is
-    written through `.data` between two forwards without gradients is not seen.
+    Until `undo`, weights of a 16-bit base are views into larger tensors, except in a state dict,
+    where they are contiguous. An adapter that is written through `.data` between two forwards
+    without gradients is not seen.
 
     Args:
         model: A PEFT model, or any model with LoRA layers in it.
@@ -74,6 +75,8 @@ def speed_up(
             fix="add one first (gt.add_adapter, or peft.get_peft_model)",
         )
     slow_down(model)
+    for layer in adapted.values():
+        forget(layer)  # of the model that this one is a copy of
     choices = Choices() if choices is None else choices
     device = next(model.parameters()).device
     compiled, why = decide(compile, device, updates, choices)
@@ -81,7 +84,7 @@ def speed_up(
     if device.type == "cpu" and any(is_four_bit(module) for module in model.modules()):
         guard_cpu_4bit(model)
     groups, refused, how = make_groups(model, example)
-    attach(groups)
+    hooks = attach(groups)
     for group in groups:
         group.look(in_training=True)
     regions: dict[str, nn.Module] = {}
@@ -92,7 +95,7 @@ def speed_up(
         done = compile_regions(both, groups, dict(compile_options or {}))
         regions = {path: both[path] for path in done}
     modules = _modules(adapted, groups, refused, how, regions, why)
-    report = SpeedReport(modules, groups, regions, choices, restore)
+    report = SpeedReport(modules, groups, hooks, regions, choices, restore)
     _REPORTS[model] = report
     return report
 
@@ -180,6 +183,7 @@ def _modules(
             reason = f"LoRA inside one product of {len(group.paths)}: {how}"
         else:
             reason = "LoRA inside the base's product"
+            reason += "" if how == WATCHED else f"; not grouped: {how}"
         found.append(ModuleSpeed(path, group.way, reason, bits, group.paths))
     return found
 
