@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import peft
@@ -185,6 +186,21 @@ def test_adapters_of_peft_are_taken_off(bits, tmp_path):
         truth = real_tree(real_load(folder, 4, DOUBLE))
         assert {row.path: (row.class_name, row.parts) for row in other.modules} == truth
     assert repr(adapted) == before
+
+
+def test_a_prompt_encoder_leaves_the_whole_model(tmp_path):
+    """It stands beside the model, so that there is no tuner to take off."""
+    model = AutoModelForCausalLM.from_config(battery_config("llama"))
+    plain = [(row.path, row.bytes) for row in precision_record(open_source(model), 16).modules]
+    options = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT calls a name that transformers renamed
+        adapted = peft.get_peft_model(model, options)
+    for bits in (16, 8):
+        record = precision_record(open_source(adapted), bits)
+        assert record.modules[0].class_name == "LlamaForCausalLM"
+        assert record.modules[-1].path == "lm_head"
+        assert bits != 16 or [(row.path, row.bytes) for row in record.modules] == plain
 
 
 def test_a_module_that_others_quantised_is_shown_as_it_is():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,6 +130,7 @@ def test_a_gguf_header_is_read_and_nothing_expanded(tmp_path, monkeypatch):
         ("[1, 2]", "bad_model_config", "list"),
         ("model_type: llama\n", "bad_model_config", "not JSON"),
         ("", "bad_model_config", "empty"),
+        ("\ufeff" + json.dumps(LLAMA), "bad_model_config", "byte order mark"),
         ('{"model_type": "llama"', "bad_model_config", "not valid JSON"),
         ('{"a":' * 100_000, "bad_model_config", "not valid JSON"),
         (b"\x00\x01\xff\xfe" * 30, "bad_model_config", "not JSON"),
@@ -176,6 +178,14 @@ def test_files_and_folders_that_are_no_config(tmp_path, tiny_llama):
     tiny_tokenizer().save_pretrained(tokenizer)
     assert "tokenizer" in refused(str(tokenizer / "tokenizer.json")).message
     assert "tokenizer" in refused(str(tokenizer / "tokenizer_config.json")).message
+    for name in ("generation_config.json", "run.json"):
+        other = write(tokenizer, {"eos_token_id": 1}, name)
+        assert f"{name} is no model's config" in refused(str(other)).message
+    assert refused(str(other)).fix == f"give the run's folder ({tokenizer})"
+    other.unlink()
+    write(tokenizer, LLAMA)
+    beside = refused(str(tokenizer / "generation_config.json"))
+    assert beside.fix == f"give {tokenizer / 'config.json'}"
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     write(adapter, {"peft_type": "LORA"}, "adapter_config.json")
@@ -211,6 +221,21 @@ def test_code_of_a_checkpoint_runs_only_when_trusted(tmp_path):
     lone = write(tmp_path, (tmp_path / "config.json").read_text(), "lone.json")
     with pytest.raises(InputError, match=r"config\.json"):
         open_source(str(lone), trust_remote_code=True)
+
+
+def test_an_attention_that_is_not_here_does_not_hide_the_tree(tmp_path, monkeypatch):
+    """Nothing runs: which kernel a GPU would use for attention changes no module and no byte."""
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # where it is installed
+    asked = {**LLAMA, "_attn_implementation": "flash_attention_2"}
+    with pytest.raises((ImportError, ValueError), match=r"(?i)flash"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(write(tmp_path, asked)))
+    source = open_source(str(write(tmp_path, asked)))
+    for bits in (16, 4):
+        record = precision_record(source, bits)
+        plain = precision_record(open_source(str(write(tmp_path, LLAMA, "plain.json"))), bits)
+        assert [row.to_dict() for row in record.modules] == [r.to_dict() for r in plain.modules]
+    assert [finding.code for finding in source.findings] == ["attention_missing"]
+    assert "flash_attention_2" in source.findings[0].message
 
 
 def test_an_encoder_is_shown_with_a_warning():

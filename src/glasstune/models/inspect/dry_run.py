@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from glasstune.core.errors import InputError
+from glasstune.core.findings import Finding
 from glasstune.models.inspect.config_check import first_line
 from glasstune.models.inspect.live import meta_view
 from glasstune.models.inspect.plan import Plan, load_dtype, make_plan, quietly
@@ -112,7 +113,8 @@ def _empty_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     assert config is not None
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    try:
+
+    def built(**attention: str) -> PreTrainedModel:
         with (
             initialization.no_tie_weights(),
             initialization.no_init_weights(),
@@ -120,11 +122,37 @@ def _empty_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
             initialization.meta_device_safe_creation_ops(),
         ):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=source.trust_remote_code
+                config, dtype=dtype, trust_remote_code=source.trust_remote_code, **attention
             )
+        return model
+
+    try:
+        try:
+            return built()
+        except (ImportError, ValueError) as error:
+            if not _lacks_attention(source, error):
+                raise
+            return built(attn_implementation="eager")
     except Exception as error:  # the class read the user's values, whatever it trips over
         raise _cannot_build(source, error) from error
-    return model
+
+
+def _lacks_attention(source: ModelSource, error: Exception) -> bool:
+    """Whether only the attention that the config asks for is missing; then it is a finding."""
+    asked = getattr(source.config, "_attn_implementation", None)
+    if asked in (None, "eager", "sdpa") or "attention" not in str(error).lower():
+        return False
+    finding = Finding(
+        "attention_missing",
+        "warning",
+        source.name,
+        f"the config asks for {asked}, which does not run here; the tree does not depend on it",
+        "for a load, set model.attn_implementation=sdpa or install what it needs: "
+        f"{first_line(error)}",
+    )
+    if finding not in source.findings:
+        source.findings.append(finding)
+    return True
 
 
 def _cannot_build(source: ModelSource, error: Exception) -> InputError:

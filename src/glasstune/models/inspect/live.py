@@ -150,6 +150,9 @@ def _inner_model(module: nn.Module) -> nn.Module | None:
     """Returns the model inside a PeftModel, or inside its tuner (`base_model.model`)."""
     if hasattr(type(module), "get_base_model") and hasattr(module, "peft_config"):
         inner = module._modules.get("base_model")
+        # A prompt encoder stands beside the model itself: no tuner holds that.
+        if inner is not None and not type(inner).__module__.startswith("peft."):
+            return inner
         if inner is not None:
             return inner._modules.get("model") or inner
     return None

@@ -185,7 +185,7 @@ def _detail(module: nn.Module) -> str:
 def _label(plan: Plan, rows: list[ModuleRow], dtype: torch.dtype) -> str:
     plain = str(dtype).removeprefix("torch.")
     if plan.w8a16:
-        return "int8 rows, products at 16 bit (w8a16)"
+        return "int8, w8a16"
     if plan.config is None:
         kinds = Counter(row.dtype for row in rows if row.dtype in ("nf4", "fp4", "int8"))
         return kinds.most_common(1)[0][0].upper() if kinds else plain

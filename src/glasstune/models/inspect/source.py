@@ -32,6 +32,7 @@ from glasstune.models.resolve import (
 
 _CONFIG_LIMIT = 64 * 2**20
 _GGUF = b"GGUF"
+_BOM = b"\xef\xbb\xbf"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -149,10 +150,13 @@ def _start(file: Path) -> bytes:
 def _check_is_config(file: Path) -> None:
     """Refuses what is visibly no config before it is read whole."""
     suffix = file.suffix.lower()
-    text = _start(file).removeprefix(b"\xef\xbb\xbf").lstrip()
+    text = _start(file).removeprefix(_BOM).lstrip()
     size = file.stat().st_size
     fix = "give a config.json, its folder, a hub id or a GGUF file"
-    if suffix in _WEIGHT_FILES:
+    if text and _start(file).startswith(_BOM):
+        says = "the file starts with a byte order mark, which transformers does not read"
+        fix = "save it as UTF-8 without one"
+    elif suffix in _WEIGHT_FILES:
         says = f"{file.name} holds weights, not a config"
         fix = f"give the folder ({file.parent}) or its config.json"
     elif suffix == ".gguf":
@@ -225,6 +229,16 @@ def _check_other_json(content: Mapping[str, Any], file: Path) -> None:
         says = "this is a tokenizer's config, not a model's"
     elif "weight_map" in content:
         says = "this is an index of weights, not a config"
+    elif (
+        content
+        and file.name != "config.json"
+        and not content.keys() & {"architectures", "auto_map"}
+    ):
+        beside = file.parent / "config.json"
+        says = f"{file.name} is no model's config: it has neither model_type nor architectures"
+        fix = f"give {beside}" if beside.is_file() else fix
+        if (file.parent / "run.json").is_file():
+            fix = f"give the run's folder ({file.parent})"
     else:
         return
     raise InputError("bad_model_config", says, where=str(file), fix=fix)
