@@ -21,12 +21,10 @@ _EXPORTS = {
     "GlasstuneCallback": "glasstune.integrations.callback:GlasstuneCallback",
     "term_loss": "glasstune.integrations.term_loss:term_loss",
     "GradientAudit": "glasstune.workflows.gradient_audit:GradientAudit",
+    "speed_up": "glasstune.fast.speed_up:speed_up",
     "load_config": "glasstune.core.config_load:load_config",
 }
-_NOT_BUILT = (
-    "speed_up",
-    "merge",
-)
+_NOT_BUILT = ("merge",)
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 

@@ -10,7 +10,7 @@ import torch
 from families import family_config, family_model
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from glasstune.adapters.inject import add_adapter
 from glasstune.adapters.overlay import carries_adapter, existing_overlay, moment_bytes, overlay
@@ -18,6 +18,15 @@ from glasstune.adapters.saving import save_adapter
 from glasstune.core.errors import InputError
 from glasstune.models.int8 import convert_to_int8
 from glasstune.models.quantization import adam_8bit
+
+# One dense layer, one mixture with a shared expert.
+DEEPSEEK = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 8,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4, "v_head_dim": 8,
+}  # fmt: skip
 
 # What PEFT's wrappers put between a base module's path and its own parameters.
 _INNER = re.compile(
@@ -226,6 +235,7 @@ def test_an_entry_that_hits_nothing_is_a_finding_and_the_rest_is_laid(options, c
         {"target_modules": ["w_pack", "x"]},
         {"target_modules": []},
         {"target_modules": "q_proj"},
+        {"target_modules": "("},
         {"lora_alfa": 3},
         {"r": 0},
         {"bias": "some"},
@@ -262,8 +272,65 @@ def test_a_saved_module_that_hits_more_is_said():
 
 
 def test_an_adapted_tied_head_is_said():
-    laid = overlay(on_meta("llama", tie_word_embeddings=True), {"target_modules": ["lm_head"]})
-    assert [finding.code for finding in laid.findings] == ["tied_weights_adapted"]
+    tied = {"tie_word_embeddings": True}
+    for target, name in (("lm_head", "head"), ("embed_tokens", "embedding")):
+        laid = overlay(on_meta("llama", **tied), {"target_modules": [target]})
+        (finding,) = laid.findings
+        assert finding.code == "tied_weights_adapted"
+        assert finding.fix.startswith(f"leave the {name} out")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.\w+_proj(_with_mqa)?"])
+def test_linear_layers_that_peft_drops_are_said(targets):
+    """PEFT makes parameters of the names that a mixture's experts once had."""
+    config = AutoConfig.for_model("deepseek_v3", **DEEPSEEK)
+    real = AutoModelForCausalLM.from_config(config)
+    linear = {path for path, part in real.named_modules() if type(part) is nn.Linear}
+    plain = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(real, plain)
+    left = linear - by_path(adapted).keys() - {"lm_head"}
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    laid = overlay(empty, {"r": 4, "target_modules": targets})
+    found = [found for found in laid.findings if found.code == "linear_not_adapted"]
+    if not left:  # a PEFT that reaches them
+        assert found == []
+        return
+    (finding,) = found
+    assert finding.severity == "warning"
+    # Three of the dense layer, three of the shared experts of the other.
+    assert f"leaves {len(left)} linear layers alone" in finding.message
+    # What it says to do works.
+    names = finding.fix.partition("[")[2].removesuffix("]").split(", ")
+    again = overlay(
+        AutoModelForCausalLM.from_config(config),
+        {"r": 4, "target_modules": targets, "target_parameters": names},
+    )
+    assert left <= again.rows.keys()
+    assert "linear_not_adapted" not in {found.code for found in again.findings}
+
+
+def test_any_module_takes_lora_by_name():
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    laid = overlay(model, {"r": 2, "target_modules": ["0"]})
+    assert {path: row.parameters for path, row in laid.rows.items()} == {"0": 2 * (8 + 6)}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"target_modules": ["self_attn"]}, "Target module LlamaAttention is not supported"),
+        ({"r": 10**30}, "Overflow when unpacking long"),
+    ],
+)
+def test_what_peft_refuses_is_one_line(options, says):
+    with pytest.raises(InputError) as caught:
+        overlay(on_meta("llama"), options)
+    assert says in caught.value.message
+    assert "\n" not in caught.value.message
+    assert "frame #" not in caught.value.message
 
 
 def test_options_of_the_user_are_left_alone():

@@ -303,6 +303,8 @@ def test_words_are_read():
     assert read_targets(None) is None
     assert read_targets("All-Linear") == "all-linear"
     assert read_targets("q_proj, v_proj") == ["q_proj", "v_proj"]
+    assert read_targets("lm_head") == ["lm_head"]
+    assert read_targets(r".*\.(q|k)_proj") == r".*\.(q|k)_proj"  # PEFT matches it to whole paths
     assert names(r"a,layers\.[0,1]\.b", "--x") == ["a", r"layers\.[0,1]\.b"]
     with pytest.raises(InputError):
         names(" , ", "--x")

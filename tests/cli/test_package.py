@@ -5,10 +5,7 @@ from glasstune.core.config import Config
 from glasstune.core.errors import InputError
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["speed_up", "merge"],
-)
+@pytest.mark.parametrize("name", ["merge"])
 def test_what_is_not_built_says_so(name):
     with pytest.raises(AttributeError, match="not built yet"):
         getattr(glasstune, name)

@@ -298,6 +298,7 @@ def test_blocks_are_found(family, first, norms) -> None:
     assert list(find_norms(model, blocks)) == norms
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.slow(reason="real code for a CPU: 60 s")
 @pytest.mark.parametrize("bits", [32, 4, 8])
 def test_inductor(bits) -> None:

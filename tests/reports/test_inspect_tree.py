@@ -131,6 +131,15 @@ def test_a_narrow_terminal_stacks_the_precisions() -> None:
     assert lines[at + 1].strip() == "16: 39.3 MB · 8: Linear8bitLt 19.7 MB · 4: Linear4bit 10.2 MB"
 
 
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 200])
+def test_no_number_of_the_totals_is_broken(width: int) -> None:
+    made = bloom_record()
+    text = printed(made, width, depth=0)
+    for value in made.precisions.values():
+        numbers = [value.total_bytes, *value.bytes_by_part.values()]
+        assert all(f" {number:,}" in text for number in numbers)
+
+
 def test_what_stays_has_a_letter_and_its_reason() -> None:
     text = printed(bloom_record(), 140)
     head = next(line for line in text.splitlines() if "(lm_head)" in line)

@@ -369,6 +369,27 @@ def test_it_prints_and_writes_a_page(tiny_llama, tmp_path):
         laid.to_html(tmp_path / "no" / "p.html")
 
 
+def test_one_skip_module_and_torchs_own_dtype(tiny_llama):
+    one = inspect_model(str(tiny_llama), 4, skip_modules="lm_head", dtype=torch.float16)
+    listed = inspect_model(str(tiny_llama), 4, skip_modules=["lm_head"], dtype="float16")
+    assert one.to_dict() == listed.to_dict()
+    skipped = {row.path for row in one.record.precisions["4"].modules
+               if row.reason_code == "skip_list"}  # fmt: skip
+    assert skipped == {"lm_head"}
+
+
+def test_another_class_than_the_configs_is_said(tiny_llama, tmp_path):
+    """A classifier's folder is laid out as what Glasstune would train, and that is said."""
+    content = json.loads((tiny_llama / "config.json").read_text())
+    file = tmp_path / "config.json"
+    codes = {}
+    for named in ("LlamaForCausalLM", "LlamaForSequenceClassification"):
+        file.write_text(json.dumps({**content, "architectures": [named]}))
+        codes[named] = [found.code for found in inspect_model(str(file), 16).record.findings]
+    assert "other_class" not in codes["LlamaForCausalLM"]
+    assert "other_class" in codes["LlamaForSequenceClassification"]
+
+
 def test_it_is_exported(tiny_llama):
     config = tiny_config("llama")
     assert gt.inspect_model(config, bits=(16,)).record.family == "llama"

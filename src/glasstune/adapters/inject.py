@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def adapter_findings(model: PeftModel) -> list[Finding]:
             where="adapter",
             message=f"head and embedding share one weight, and the {touched[0]} alone is adapted: "
             "a merged model cannot keep them tied",
-            fix="leave the head out, or set ensure_weight_tying=true",
+            fix=f"leave the {touched[0]} out, or set ensure_weight_tying=true",
         )
     ]
 
@@ -167,7 +168,7 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
         raise InputError(
             "adapter_refused",
-            f"PEFT refuses these options: {error}",
+            f"PEFT refuses these options: {_one_line(error)}",
             where="adapter",
             fix=f"see PEFT's LoraConfig; linear modules of this model: {names}",
         ) from error
@@ -190,6 +191,12 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     }
     setattr(wrapped, _BASE_BIASES, biases)
     return wrapped
+
+
+def _one_line(error: Exception) -> str:
+    """Returns what an error says without the modules or the C++ frames that it prints."""
+    text = re.sub(r"\(\n.*?\n\)", "", str(error), flags=re.DOTALL)
+    return " ".join(text.split("\nException raised from")[0].split())
 
 
 def _refuse_int8_merges(model: nn.Module) -> None:

@@ -33,7 +33,7 @@ def build_lora_config(options: Mapping[str, Any], model: nn.Module) -> LoraConfi
 
     Args:
         options: Any of `LoraConfig`'s fields. `target_modules` is `all-linear` unless given (or
-            `target_parameters` is), `task_type` CAUSAL_LM.
+            `target_parameters` is), `task_type` CAUSAL_LM for a model that generates.
         model: The base model, for the names of its modules.
 
     Returns:
@@ -44,7 +44,8 @@ def build_lora_config(options: Mapping[str, Any], model: nn.Module) -> LoraConfi
     """
     check_option_names(options)
     options = {key: copy.deepcopy(value) for key, value in options.items()}  # PEFT writes into it
-    options.setdefault("task_type", TaskType.CAUSAL_LM)
+    if hasattr(model, "prepare_inputs_for_generation"):  # PEFT's wrapper for the task wants it
+        options.setdefault("task_type", TaskType.CAUSAL_LM)
     if options.get("target_modules") is None and not options.get("target_parameters"):
         options["target_modules"] = ALL_LINEAR
     paths = [path for path, _ in model.named_modules() if path]
@@ -81,7 +82,7 @@ def check_asked(
         has = getattr(saved, key)
         if key == "init_lora_weights" or _sorted(value) == _sorted(has):
             continue  # how it once started does not matter to weights that go on
-        if key == "target_modules" and _targeted(value, model) == _targeted(has, model):
+        if key == "target_modules" and targeted(value, model) == targeted(has, model):
             continue
         raise InputError(
             "contradiction",
@@ -138,8 +139,8 @@ def saved_options(config: LoraConfig) -> dict[str, Any]:
     return {name: _sorted(getattr(config, name)) for name in names}
 
 
-def _targeted(target: Any, model: nn.Module) -> set[str]:
-    """Paths of the modules that a `target_modules` means."""
+def targeted(target: Any, model: nn.Module) -> set[str]:
+    """Returns the paths of the modules that a `target_modules` means."""
     paths = [path for path, _ in model.named_modules()]
     if _is_all_linear(target):
         linear, head = set(linear_names(model)), _head_name(model)

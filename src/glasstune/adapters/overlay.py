@@ -24,9 +24,10 @@ from torch import nn
 from torch.nn import Parameter
 
 from glasstune.adapters.inject import add_adapter, read_lora_config
-from glasstune.adapters.options import drop_misses
+from glasstune.adapters.options import build_lora_config, drop_misses, targeted
 from glasstune.adapters.overlay_findings import (
     experts_not_adapted,
+    linear_not_adapted,
     rank_above_size,
     saved_module_broad,
     tied_weights,
@@ -107,6 +108,9 @@ def overlay(
         asked["target_modules"] = None
     used, findings = drop_misses(asked, model)
     plain = dict(model.named_modules())
+    narrowed = any(used.get(key) for key in ("exclude_modules", "layers_to_transform"))
+    build_lora_config(used, model)  # refuses a broken expression before it is matched
+    expected = set() if narrowed else targeted(used.get("target_modules"), model)
     with torch.device("meta"):
         wrapped = add_adapter(model, **used)
     found = existing_overlay(wrapped, optim=optim)
@@ -114,6 +118,7 @@ def overlay(
         *found.findings,
         *rank_above_size(plain, found.rows),
         *saved_module_broad(used.get("modules_to_save") or (), found.rows),
+        *linear_not_adapted(plain, expected, found.rows),
         *experts_not_adapted(plain, found.rows, found.all_parameters),
     ]
     asked["target_modules"] = _short(asked["target_modules"], list(plain))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from glasstune.adapters.inject import adapter_findings
 from glasstune.core.findings import Finding
 from glasstune.core.inspection import LoraOverlay, PrecisionRecord
+from glasstune.models.classes import Conv1D
 
 
 def tied_weights(model: PeftModel) -> list[Finding]:
@@ -107,6 +108,41 @@ def experts_not_adapted(
     ]
 
 
+def linear_not_adapted(
+    modules: Mapping[str, nn.Module], expected: set[str], rows: Mapping[str, LoraOverlay]
+) -> list[Finding]:
+    """Linear layers that the targets name and that PEFT leaves alone all the same.
+
+    Of a mixture whose experts are stacked, PEFT makes parameters of the names that experts once
+    had (`gate_proj`, `up_proj`, `down_proj`): dense layers and shared experts of those names then
+    get nothing.
+
+    Args:
+        modules: The plain base's modules by path.
+        expected: Paths of what the targets name.
+        rows: What the adapter adds, by path.
+    """
+    left = [
+        path
+        for path in modules
+        if path in expected and path not in rows and isinstance(modules[path], (nn.Linear, Conv1D))
+    ]
+    if not left:
+        return []
+    names = dict.fromkeys(".".join(path.split(".")[-2:]) for path in left)
+    return [
+        Finding(
+            code="linear_not_adapted",
+            severity="warning",
+            where="adapter.target_modules",
+            message=f"PEFT leaves {len(left)} linear layers alone that the targets name, "
+            f"{_some(left)}: it takes their names for the stacked experts' parameters",
+            fix="name their weights too: adapter.target_parameters="
+            f"[{', '.join(f'{name}.weight' for name in names)}]",
+        )
+    ]
+
+
 def precision_traps(precision: PrecisionRecord, rows: Mapping[str, LoraOverlay]) -> list[Finding]:
     """Traps of an adapter over a base that is quantised.
 
@@ -134,7 +170,7 @@ def precision_traps(precision: PrecisionRecord, rows: Mapping[str, LoraOverlay])
         )
     targets = [path for path, row in rows.items() if row.r is not None]
     plain = [path for path in targets if path not in quantized]
-    if plain and len(plain) < len(targets):
+    if plain:
         findings.append(
             Finding(
                 code="target_not_quantized",

@@ -34,8 +34,9 @@ def inspect(
     target_modules: Annotated[
         str | None,
         typer.Option(
-            metavar="NAMES|all-linear",
-            help="Where LoRA goes, names with commas; the run's, or all-linear.",
+            metavar="NAMES|REGEX|all-linear",
+            help="Where LoRA goes: names with commas, or one regular expression for whole paths; "
+            "the run's, or all-linear.",
         ),
     ] = None,
     r: Annotated[
@@ -121,7 +122,7 @@ def read_bits(text: str | None) -> list[int] | None:
     if any(word not in ("16", "8", "4") for word in words) or len(set(words)) != len(words):
         raise InputError(
             "bad_value",
-            f"{text!r} names no precisions",
+            f"{text!r} is no list of precisions",
             where="--bits",
             fix="give 16, 8 and 4, or some of them, each once: --bits 16,4",
         )
@@ -129,10 +130,12 @@ def read_bits(text: str | None) -> list[int] | None:
 
 
 def read_targets(text: str | None) -> str | list[str] | None:
-    """Reads names with commas, or `all-linear`."""
+    """Reads names with commas, one regular expression, or `all-linear`."""
     if text is None or text.strip().lower() == ALL_LINEAR:
         return None if text is None else ALL_LINEAR
-    return names(text, "--target-modules")
+    listed = names(text, "--target-modules")
+    # No module's name holds such a sign: PEFT takes a text for an expression, a list for names.
+    return listed[0] if len(listed) == 1 and re.search(r"[^\w.-]", listed[0]) else listed
 
 
 def names(text: str, where: str) -> list[str]:

@@ -171,6 +171,17 @@ def looks_like_path(path: str) -> bool:
 
 def missing_path(path: str, local: Path) -> InputError:
     """Returns the error for a path that does not exist, with the nearest name beside it."""
+    if local.exists():
+        return InputError(
+            "model_not_found", f"{path} is neither a file nor a folder", where="model.path",
+            fix="give a file on the disk, a folder or a hub id",
+        )  # fmt: skip
+    if "://" in path:
+        hub_id = "/".join(path.partition("://")[2].split("/")[1:3])
+        return InputError(
+            "model_not_found", f"{path} is an address, not a path or a hub id", where="model.path",
+            fix=f"give the hub id: {hub_id}" if hub_id else "give a hub id, such as owner/name",
+        )  # fmt: skip
     parent = local.parent
     names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
     near = difflib.get_close_matches(local.name, names, n=1)

@@ -70,7 +70,7 @@ def print_inspect(record: Any, console: Console, depth: int | None = None) -> No
 
 def _labelled(finding: Json) -> dict[str, Any]:
     """Puts the precisions of a finding behind its place."""
-    labels = ", ".join(finding["labels"])
+    labels = " and ".join(finding["labels"])  # a label may hold a comma
     place = f"{finding['where']} ({labels})" if labels and finding["where"] else finding["where"]
     return {**finding, "where": place or labels}
 
@@ -262,14 +262,37 @@ def _line(console: Console, text: str, style: str) -> None:
 
 def _print_totals(record: Json, console: Console) -> None:
     precisions: Mapping[str, Json] = record["precisions"]
+    rows = list(_total_rows(record))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("bytes", no_wrap=True)
     for value in precisions.values():
         table.add_column(str(value["label"]), justify="right", overflow="fold")
-    for label, cells in _total_rows(record):
+    for label, cells in rows:
         table.add_row(label, *cells)
-    console.print(table)
+    names = max(len(label) for label, _ in rows)
+    columns = [max(len(cells[index]) for _, cells in rows) for index in range(len(precisions))]
+    # A label may break at its spaces, a number may not.
+    words = [max(map(len, str(value["label"]).split())) for value in precisions.values()]
+    room = sum(max(pair) + 2 for pair in zip(columns, words, strict=True))
+    if names + 2 + room <= console.width:
+        console.print(table)
+    else:
+        _print_totals_stacked(rows, precisions, console, names)
     say(console, UNITS)
+
+
+def _print_totals_stacked(
+    rows: list[tuple[str, list[str]]],
+    precisions: Mapping[str, Json],
+    console: Console,
+    names: int,
+) -> None:
+    for index, value in enumerate(precisions.values()):
+        _line(console, str(value["label"]), "bold")
+        width = max(len(cells[index]) for _, cells in rows)
+        for label, cells in rows:
+            if cells[index] != "-":
+                say(console, f"  {label.ljust(names)}  {cells[index].rjust(width)}")
 
 
 def _total_rows(record: Json) -> Iterator[tuple[str, list[str]]]:

@@ -91,9 +91,9 @@ def inspect_model(
     target_modules: str | Sequence[str] | None = None,
     r: int | None = None,
     adapter: Mapping[str, Any] | None = None,
-    skip_modules: Sequence[str] | None = None,
+    skip_modules: str | Sequence[str] | None = None,
     quantization: Mapping[str, Any] | None = None,
-    dtype: str | None = None,
+    dtype: Any = None,
     error: bool = False,
     trust_remote_code: bool = False,
     depth: int | None = None,
@@ -112,9 +112,9 @@ def inspect_model(
         target_modules: Of the adapter laid over the tree; `all-linear` by default.
         r: Its rank; 16 by default.
         adapter: More of `LoraConfig`'s options.
-        skip_modules: `llm_int8_skip_modules`: replaces transformers' own list.
+        skip_modules: `llm_int8_skip_modules`, one or several: replaces transformers' own list.
         quantization: More options of `BitsAndBytesConfig`; each precision takes its own.
-        dtype: Load dtype; bfloat16, or the run's.
+        dtype: Load dtype, as a name or torch's own; bfloat16, or the run's.
         error: Whether the weights are read too, for the error of quantising them.
         trust_remote_code: Whether Python code of the checkpoint may run.
         depth: How many levels of the tree are printed.
@@ -169,6 +169,7 @@ def inspect_model(
             *_of_run(found),
             *source.findings,
             *left_out,
+            *_other_class(source, precisions),
             *_tokens(found, precisions),
             *(laid.findings if laid is not None else ()),
         ],
@@ -213,17 +214,19 @@ def _own_first(own: int | None) -> list[int]:
 
 def _options(
     found: Target,
-    skip_modules: Sequence[str] | None,
+    skip_modules: str | Sequence[str] | None,
     quantization: Mapping[str, Any] | None,
-    dtype: str | None,
+    dtype: Any,
 ) -> _Options:
     """What a run or configuration says, with what is asked for over it."""
     model = found.model
     merged = {**(model.quantization if model else {}), **(quantization or {})}
     if skip_modules is not None:
-        merged["llm_int8_skip_modules"] = list(skip_modules)
+        one = isinstance(skip_modules, str)  # its letters are no names
+        merged["llm_int8_skip_modules"] = [skip_modules] if one else list(skip_modules)
     if dtype is not None:
-        asked = {"model": {"path": "-", "dtype": dtype}, "data": {"sources": [{"path": "-"}]}}
+        name = str(dtype).removeprefix("torch.")
+        asked = {"model": {"path": "-", "dtype": name}, "data": {"sources": [{"path": "-"}]}}
         dtype = config_from_mapping(asked, name="option").config.model.dtype
     if model is None or found.bits is None:
         # Without a configuration the tree shows what bitsandbytes makes, not our w8a16.
@@ -248,7 +251,7 @@ def _bar(progress: Progress | None, total: int) -> Iterator[Any]:
     if progress is None:
         yield lambda: None
         return
-    progress.start(_TASK, total, "trees")
+    progress.start(_TASK, total, "steps")
     yield lambda: progress.advance(_TASK)
     progress.finish(_TASK)
 
@@ -332,6 +335,23 @@ def _of_run(found: Target) -> list[Finding]:
             "info",
             found.name,
             f"this {what} trains {found.model.path} at {found.bits} bit in {found.model.dtype}",
+        )
+    ]
+
+
+def _other_class(source: ModelSource, precisions: Mapping[str, PrecisionRecord]) -> list[Finding]:
+    """The config names another class than that of the tree: a classifier, a model with vision."""
+    named = getattr(source.config, "architectures", None)
+    shown = next(iter(precisions.values())).modules[0].class_name
+    if source.module is not None or not named or shown in named:
+        return []
+    return [
+        Finding(
+            "other_class",
+            "warning",
+            source.name,
+            f"the config names {named[0]}; shown and trained is {shown}, the causal language model",
+            "what else the checkpoint holds (a classifier's head, an encoder, vision) is left out",
         )
     ]
 

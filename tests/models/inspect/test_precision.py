@@ -207,7 +207,7 @@ def test_options_of_another_precision_are_left_out_and_wrong_ones_refused():
 
 def test_a_threshold_chooses_llm_int8_over_our_own_layers():
     plain = record_of("llama", 8, int8_compute="w8a16")
-    assert plain.label.endswith("(w8a16)")
+    assert plain.label == "int8, w8a16"
     assert plain.quantization == {"int8_compute": "w8a16"}
     record = record_of("llama", 8, {"llm_int8_threshold": 6.0}, int8_compute="w8a16")
     assert record.label == "LLM.int8"

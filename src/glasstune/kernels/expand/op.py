@@ -7,7 +7,6 @@ made once the backward runs, and is never equal to the forward's, which would be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,20 +90,20 @@ class PackedInt8:
 
 @torch.library.custom_op("glasstune::expand_4bit", mutates_args=())
 def expand_4bit(
-    packed: Sequence[Tensor],
-    absmax: Sequence[Tensor],
-    nested_code: Sequence[Tensor],
-    nested_absmax: Sequence[Tensor],
-    offset: Sequence[Tensor],
+    packed: list[Tensor],
+    absmax: list[Tensor],
+    nested_code: list[Tensor],
+    nested_absmax: list[Tensor],
+    offset: list[Tensor],
     code: Tensor,
     block: int,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    scales: Sequence[float],
-    outs: Sequence[int],
+    downs: list[Tensor],
+    ups: list[Tensor],
+    scales: list[float],
+    outs: list[int],
     width: int,
     dtype: torch.dtype,
-    after: Sequence[Tensor],
+    after: list[Tensor],
 ) -> Tensor:
     """Returns M of a 4-bit group."""
     layout = _layout(outs, width, downs, scales)
@@ -126,15 +125,15 @@ def expand_4bit(
 
 @torch.library.custom_op("glasstune::expand_int8", mutates_args=())
 def expand_int8(
-    quantized: Sequence[Tensor],
-    row_scales: Sequence[Tensor],
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    scales: Sequence[float],
-    outs: Sequence[int],
+    quantized: list[Tensor],
+    row_scales: list[Tensor],
+    downs: list[Tensor],
+    ups: list[Tensor],
+    scales: list[float],
+    outs: list[int],
     width: int,
     dtype: torch.dtype,
-    after: Sequence[Tensor],
+    after: list[Tensor],
 ) -> Tensor:
     """Returns M of an int8 group."""
     layout = _layout(outs, width, downs, scales)
@@ -151,34 +150,34 @@ def expand_int8(
 
 
 def _fake_4bit(
-    packed: Sequence[Tensor],
-    absmax: Sequence[Tensor],
-    nested_code: Sequence[Tensor],
-    nested_absmax: Sequence[Tensor],
-    offset: Sequence[Tensor],
+    packed: list[Tensor],
+    absmax: list[Tensor],
+    nested_code: list[Tensor],
+    nested_absmax: list[Tensor],
+    offset: list[Tensor],
     code: Tensor,
     block: int,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    scales: Sequence[float],
-    outs: Sequence[int],
+    downs: list[Tensor],
+    ups: list[Tensor],
+    scales: list[float],
+    outs: list[int],
     width: int,
     dtype: torch.dtype,
-    after: Sequence[Tensor],
+    after: list[Tensor],
 ) -> Tensor:
     return _empty(_layout(outs, width, downs, scales), dtype, packed[0].device)
 
 
 def _fake_int8(
-    quantized: Sequence[Tensor],
-    row_scales: Sequence[Tensor],
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    scales: Sequence[float],
-    outs: Sequence[int],
+    quantized: list[Tensor],
+    row_scales: list[Tensor],
+    downs: list[Tensor],
+    ups: list[Tensor],
+    scales: list[float],
+    outs: list[int],
     width: int,
     dtype: torch.dtype,
-    after: Sequence[Tensor],
+    after: list[Tensor],
 ) -> Tensor:
     return _empty(_layout(outs, width, downs, scales), dtype, quantized[0].device)
 
@@ -187,9 +186,7 @@ expand_4bit.register_fake(_fake_4bit)
 expand_int8.register_fake(_fake_int8)
 
 
-def _layout(
-    outs: Sequence[int], width: int, downs: Sequence[Tensor], scales: Sequence[float]
-) -> Layout:
+def _layout(outs: list[int], width: int, downs: list[Tensor], scales: list[float]) -> Layout:
     """An expansion without adapters has neither ranks nor scales."""
     if not downs:
         return Layout(width, tuple(outs), (), ())
@@ -203,8 +200,8 @@ def _empty(layout: Layout, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _frame(
     layout: Layout,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
+    downs: list[Tensor],
+    ups: list[Tensor],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
