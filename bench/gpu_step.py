@@ -107,6 +107,8 @@ class Step:
 
         self.model, self.split = model, HeadSplit(model)
         self.device, self.autocast = args.device, True
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.recorded: Tensor | None = None
         vocabulary = self.split.weight.shape[0]
         generator = torch.Generator(device=args.device).manual_seed(1)
         size = (args.batch, args.seq)
@@ -138,11 +140,31 @@ class Step:
 
     def __call__(self) -> Tensor:
         """Makes one update and returns its loss, still on the device."""
+        if self.graph is not None:
+            self.graph.replay()
+            self.optimizer.step()
+            assert self.recorded is not None
+            return self.recorded.detach()
         loss = self.loss()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def capture(self) -> None:
+        """Records forward and backward once as a CUDA graph; later calls replay it."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.optimizer.zero_grad(set_to_none=True)
+                self.loss().backward()
+        torch.cuda.current_stream().wait_stream(side)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.recorded = self.loss()
+            self.recorded.backward()
 
     def gradients(self) -> list[Tensor]:
         """Returns the gradient of every trained tensor, on the CPU."""
@@ -203,6 +225,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     losses = [round(float(step()), 4) for _ in range(3)]
     cold = time.perf_counter() - start
+    if args.graph:
+        step.capture()
     times = timed(step, args.steps, args.device)
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
     median = statistics.median(times)
@@ -210,7 +234,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result = {
         "way": args.way, "model": args.model, "layers": args.layers, "bits": args.bits,
         "seq": args.seq, "batch": args.batch, "budget": args.budget, "rank": args.rank,
-        "ms": round(median, 1), "ms_min": round(min(times), 1),
+        "graph": args.graph, "ms": round(median, 1), "ms_min": round(min(times), 1),
         "tokens_per_second": round(args.batch * args.seq / median * 1e3),
         "peak_bytes": peak, "base_bytes": base, "losses": losses, "cold_seconds": round(cold, 1),
         "modules": dict(ways), "compiled": len(report.record.compiled) if report else 0,
@@ -321,6 +345,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--budget", type=float, help="activation_memory_budget, 0 to 1")
     parser.add_argument("--compile", choices=("true", "false", "auto"), default="true")
+    parser.add_argument("--graph", action="store_true", help="replay the step as a CUDA graph")
     parser.add_argument("--backend", help="of torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--check", action="store_true")

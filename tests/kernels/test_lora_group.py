@@ -22,6 +22,10 @@ SHAPES = [
     (7, 33, (17, 5, 9), (3, 1, 8)),
     (12, 20, (6, 7, 8, 9), (2, 2, 2, 2)),
     (30, 40, (24, 24), (1, 1)),
+    (24, 16, (40, 32), (8, 3)),  # each output at least twice as wide as the input: apart
+    (9, 7, (33,), (4,)),
+    (24, 40, (8, 7), (3, 8)),  # the input at least twice as wide as all outputs: narrows
+    (9, 33, (7,), (4,)),
 ]
 
 
@@ -144,23 +148,40 @@ def test_no_token_at_all() -> None:
     assert float(found["b1"].abs().max()) == 0
 
 
-FAULTS = ["scaled A", "scaled B", "dropped tail", "B without s", "members swapped", "dx without A"]
+FAULTS = ["scaled A", "scaled B", "dropped tail", "B without s", "members swapped", "dx without A",
+          "y without B"]  # fmt: skip
+WAYS = {
+    "joined": (64, 64, (40, 40), (8, 8)),
+    "apart": (64, 16, (40, 40), (8, 8)),
+    "narrows": (64, 64, (16, 16), (8, 8)),
+}
 
 
+def test_the_shapes_reach_every_way() -> None:
+    found = {name: layout_of(problem(shape, False)) for name, shape in WAYS.items()}
+    assert {name: (layout.apart, layout.narrows) for name, layout in found.items()} == {
+        "joined": (False, False),
+        "apart": (True, False),
+        "narrows": (False, True),
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_broken_copies_fail(fault, monkeypatch) -> None:
-    data = problem((64, 64, (16, 16), (8, 8)), False)
+def test_broken_copies_fail(fault, way, monkeypatch) -> None:
+    data = problem(WAYS[way], False)
     right, plain = fused.adapter_gradients, fast(data, torch.float32)
     assert not too_far(plain, eager(data, torch.float32), truth(data, torch.float32))
 
-    def broken(grad, low_grad, saved, layout, dtypes, needed):
-        found = right(grad, low_grad, saved, layout, dtypes, needed)
+    def broken(grads, low_grad, x, low, layout, dtypes, needed):
+        if fault == "dropped tail":
+            short = [grad[:-1] for grad in grads]
+            return right(short, low_grad[:-1], x[:-1], low[:-1], layout, dtypes, needed)
+        found = right(grads, low_grad, x, low, layout, dtypes, needed)
         if fault == "scaled A":
             found[0] = found[0] * 1.0001
         elif fault == "scaled B":
             found[3] = found[3] * 1.0001
-        elif fault == "dropped tail":
-            found = right(grad[:-1], low_grad[:-1], saved[:-1], layout, dtypes, needed)
         elif fault == "B without s":
             found[3] = found[3] / layout.scales[1]
         elif fault == "members swapped":
@@ -168,13 +189,23 @@ def test_broken_copies_fail(fault, monkeypatch) -> None:
         return found
 
     monkeypatch.setattr(fused, "adapter_gradients", broken)
+    to_input, forward = fused.input_gradient, fused.forward_product
+
+    def without_a(grads, wide, layout, needed):
+        low = to_input(grads, wide, layout, needed)[1]
+        bare = wide.clone()
+        bare[layout.rows :, : layout.width] = 0
+        return to_input(grads, bare, layout, needed)[0], low
+
+    def without_b(x, wide, bias, layout):
+        bare = wide.clone()
+        bare[: layout.rows, layout.width :] = 0
+        return forward(x, bare, bias, layout)
+
     if fault == "dx without A":
-        whole = torch.cat
-        monkeypatch.setattr(
-            fused.torch,
-            "cat",
-            lambda parts, dim=0: whole([parts[0], parts[1] * (parts[0].shape[1] != 32)], dim),
-        )
+        monkeypatch.setattr(fused, "input_gradient", without_a)
+    if fault == "y without B":
+        monkeypatch.setattr(fused, "forward_product", without_b)
     assert too_far(
         fast(data, torch.float32), eager(data, torch.float32), truth(data, torch.float32)
     )
@@ -220,7 +251,9 @@ def test_a_second_backward_and_saved_tensors() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         (y,) = door.lora_group(leaves["x"], wide, None, layout, downs, ups)
     shapes = sorted(tuple(t.shape) for t in kept)
-    assert shapes == sorted([(9, 16), tuple(wide.shape), (2, 8), (6, 2)])
+    # x and x·Aᵀ are parts of one tensor.
+    assert shapes == sorted([(9, 8), (9, 8), tuple(wide.shape), (2, 8), (6, 2)])
+    assert len({t.untyped_storage().data_ptr() for t in kept}) == 4
     first = torch.autograd.grad(y.sum(), list(leaves.values()), retain_graph=True)
     second = torch.autograd.grad(y.sum(), list(leaves.values()))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -280,8 +313,10 @@ def test_the_frozen_product_alone(bias) -> None:
 
 
 @pytest.mark.parametrize("needs_x", [True, False])
-def test_under_torch_compile(needs_x) -> None:
-    data = problem((12, 20, (6, 7), (2, 3)), True)
+@pytest.mark.parametrize("shape", [(12, 20, (12, 7), (2, 3)), (12, 4, (8, 9), (2, 3)), (12, 30, (6, 7), (2, 3))],
+                         ids=["joined", "apart", "narrows"])  # fmt: skip
+def test_under_torch_compile(needs_x, shape) -> None:
+    data = problem(shape, True)
     layout = layout_of(data)
     leaves = leaves_of(data, data["x"], torch.float32)
     downs, ups = pairs(leaves)

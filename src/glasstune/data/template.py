@@ -223,7 +223,12 @@ def _compiled(tokenizer: Hashable, source: str) -> Any:
     if own is not PreTrainedTokenizerBase.apply_chat_template:
         return None
     compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
-    return compile_template and compile_template(source)
+    if compile_template is None:
+        return None
+    template = compile_template(source).environment.from_string(source)
+    # It was a chain of mappings, which every rendering walks through twice in Python.
+    template.globals = dict(template.globals)
+    return template
 
 
 def _is_plain(messages: Sequence[Message]) -> bool:

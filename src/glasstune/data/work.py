@@ -204,7 +204,8 @@ class Worker:
         if over > 0:
             checks.note_cut(tally, origin, len(found.ids), limit)
             cut(found, limit, exact=self.task.template.kind == "baichuan2")
-        if all(label == IGNORED for label in found.labels[1:]):
+        labels = _int32(found.labels)
+        if not (labels[1:] != IGNORED).any():
             checks.drop_untrained(tally, origin)
             return None
         texts = example.texts()
@@ -212,7 +213,7 @@ class Worker:
         checks.note_texts(tally, origin, texts, self.control)
         seen += texts
         columns = self._columns(example, tally)
-        return Row(_int32(found.ids), _int32(found.labels), origin, text_key(texts), columns)
+        return Row(_int32(found.ids), labels, origin, text_key(texts), columns)
 
     def _ids_fit(self, origin: str, ids: Sequence[int], tally: Tally) -> bool:
         rows = self.task.facts.vocabulary_rows

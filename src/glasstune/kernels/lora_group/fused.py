@@ -1,8 +1,13 @@
-"""LoRA inside the base's own product: the inner dimension is widened by the ranks.
+"""LoRA inside the base's own product: one of its dimensions is widened by the ranks.
 
 y = [x, x·Aᵀ] · [W, s·B]ᵀ, so the wide outputs are written once and never read again for LoRA; the
-backward mirrors it, dx = [dy, dy·sB] · [W; A]. On an H100 at the shape of Llama-3-8B (8,192 tokens)
-a step of the whole model took 539 ms with LoRA beside one product a group, 498 ms this way.
+backward mirrors it, dx = [dy, dy·sB] · [W; A]. Where one side of W is much narrower than the other,
+the ranks join that one instead, so that the wide side is read once, by the base's own product:
+[y', u] = x · [W; A]ᵀ and y = y' + u·(sB)ᵀ for a wide input; [dx', v] = dy · [W, sB] and
+dx = dx' + v·A for wide outputs, which then have a product each and need not be joined.
+
+On an H100 at the shape of Llama-3-8B (8,192 tokens) a step of the whole model took 539 ms with LoRA
+beside one product a group, 498 ms inside it.
 
 The wide weight M is either kept (a 16-bit base) or expanded from packed weights in the forward and
 once more in the backward, and freed after each.
@@ -37,16 +42,64 @@ class Source(Protocol):
         ...
 
 
-def widen(x_Ti: Tensor, wide: Tensor, layout: Layout) -> Tensor:
-    """Returns [x, x·Aᵀ], [T, i + k]."""
-    low_Tk = x_Ti @ wide[layout.rows :, : layout.width].t()
-    return torch.cat([x_Ti, low_Tk], 1)
+def forward_product(
+    x_Ti: Tensor, wide: Tensor, bias_n: Tensor | None, layout: Layout
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Returns the outputs (one of all members, or one of each), x and u = x·Aᵀ [T, k].
+
+    x is a part of [x, u] where that was made: then the copy is kept and not x itself.
+    """
+    n, i = layout.rows, layout.width
+    if layout.narrows:
+        both = x_Ti @ wide[:, :i].t()
+        low_Tk = both[:, n:]
+        y_Tn = both[:, :n] + low_Tk @ wide[:n, i:].t()
+        return [y_Tn if bias_n is None else y_Tn + bias_n], x_Ti, low_Tk
+    joined_Tik = torch.cat([x_Ti, x_Ti @ wide[n:, :i].t()], 1)
+    outs = []
+    for rows in layout.out_slices() if layout.apart else [slice(0, n)]:
+        weight = wide[rows].t()
+        if bias_n is None:
+            outs.append(joined_Tik @ weight)
+        else:
+            outs.append(torch.addmm(bias_n[rows], joined_Tik, weight))
+    return outs, joined_Tik[:, :i], joined_Tik[:, i:]
+
+
+def input_gradient(
+    grads: list[Tensor], wide: Tensor, layout: Layout, needed: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Returns dx [T, i] where needed, and v = dy·sB [T, k].
+
+    Args:
+        grads: dy of all members [T, n], or of each where they are apart.
+        wide: M.
+        layout: Of the group.
+        needed: Whether dx is.
+    """
+    n, i = layout.rows, layout.width
+    if not layout.apart:
+        (grad_Tn,) = grads
+        low_Tk = grad_Tn @ wide[:n, i:]
+        if not needed:
+            return None, low_Tk
+        return torch.cat([grad_Tn, low_Tk], 1) @ wide[:, :i], low_Tk
+    start = 0 if needed else i
+    parts = [
+        grad @ wide[rows, start:] for grad, rows in zip(grads, layout.out_slices(), strict=True)
+    ]
+    total = sum(parts[1:], parts[0])
+    if not needed:
+        return None, total
+    low_Tk = total[:, i:]
+    return total[:, :i] + low_Tk @ wide[n:, :i], low_Tk
 
 
 def adapter_gradients(
-    grad_Tn: Tensor,
+    grads: list[Tensor],
     low_grad_Tk: Tensor,
-    saved_Tik: Tensor,
+    x_Ti: Tensor,
+    low_Tk: Tensor,
     layout: Layout,
     dtypes: list[torch.dtype],
     needed: list[bool],
@@ -54,9 +107,10 @@ def adapter_gradients(
     """Gradients of A and B of each member.
 
     Args:
-        grad_Tn: dy.
+        grads: dy of all members [T, n], or of each where they are apart.
         low_grad_Tk: dy·sB.
-        saved_Tik: [x, x·Aᵀ].
+        x_Ti: The input.
+        low_Tk: x·Aᵀ.
         layout: Of the group.
         dtypes: Type of A and B of each member in turn.
         needed: Whether each of them needs its gradient.
@@ -64,7 +118,6 @@ def adapter_gradients(
     Returns:
         dA [r, i] and dB [n_j, r] of each member in turn; None where not needed.
     """
-    x_Ti, low_Tk = saved_Tik[:, : layout.width], saved_Tik[:, layout.width :]
     downs_ki = low_grad_Tk.t() @ x_Ti if any(needed[0::2]) else None
     found: list[Tensor | None] = []
     members = zip(layout.out_slices(), layout.rank_slices(), layout.scales, strict=True)
@@ -73,7 +126,8 @@ def adapter_gradients(
         if needed[2 * index] and downs_ki is not None:
             down = downs_ki[rank].to(dtypes[2 * index])
         if needed[2 * index + 1]:
-            thin = grad_Tn[:, out].t() @ low_Tk[:, rank]
+            grad = grads[index] if layout.apart else grads[0][:, out]
+            thin = grad.t() @ low_Tk[:, rank]
             exact = torch.promote_types(thin.dtype, torch.float32)
             up = (thin.to(exact) * scale).to(dtypes[2 * index + 1])
         found += [down, up]
@@ -81,7 +135,7 @@ def adapter_gradients(
 
 
 class GroupProduct(torch.autograd.Function):
-    """(x, M or its source, bias, A and B of up to four members) -> y [T, n].
+    """(x, M or its source, bias, A and B of up to four members) -> y [T, n], or y of each.
 
     M already holds the values of A and B, and a source reads them when it expands; they are
     inputs so that their gradients have a place, and saved so that a change between forward and
@@ -104,41 +158,33 @@ class GroupProduct(torch.autograd.Function):
         b2: Tensor | None,
         a3: Tensor | None,
         b3: Tensor | None,
-    ) -> Tensor:
-        """Returns y; saves [x, x·Aᵀ] and a kept M."""
+    ) -> tuple[Tensor, ...]:
+        """Returns the outputs; saves x, x·Aᵀ and a kept M."""
         full = wide
         if full is None:
             assert source is not None
             downs, ups = _present(a0, a1, a2, a3), _present(b0, b1, b2, b3)
             full = source.expand(layout, downs, ups, x_Ti.dtype, [])
-        saved_Tik = widen(x_Ti, full, layout)
-        weight = full[: layout.rows]
-        if bias_n is None:
-            y_Tn = saved_Tik @ weight.t()
-        else:
-            y_Tn = torch.addmm(bias_n, saved_Tik, weight.t())
-        ctx.save_for_backward(saved_Tik, wide, a0, b0, a1, b1, a2, b2, a3, b3)
+        outs, x_Ti, low_Tk = forward_product(x_Ti, full, bias_n, layout)
+        ctx.save_for_backward(x_Ti, low_Tk, wide, a0, b0, a1, b1, a2, b2, a3, b3)
         ctx.source, ctx.layout = source, layout
-        return y_Tn
+        return tuple(outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_Tn: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Returns dx and the gradients of A and B, in the order of forward's inputs."""
-        saved_Tik, wide, *flat = ctx.saved_tensors
+        x_Ti, low_Tk, wide, *flat = ctx.saved_tensors
         layout: Layout = ctx.layout
         downs, ups = _present(*flat[0::2]), _present(*flat[1::2])
         if wide is None:
             # Expanded after dy is there: else a compiler could make it in the forward and keep it.
-            wide = ctx.source.expand(layout, downs, ups, grad_Tn.dtype, [grad_Tn])
-        low_grad_Tk = grad_Tn @ wide[: layout.rows, layout.width :]
-        dx_Ti = None
-        if ctx.needs_input_grad[0]:
-            dx_Ti = torch.cat([grad_Tn, low_grad_Tk], 1) @ wide[:, : layout.width]
+            wide = ctx.source.expand(layout, downs, ups, grads[0].dtype, list(grads))
+        dx_Ti, low_grad_Tk = input_gradient(list(grads), wide, layout, ctx.needs_input_grad[0])
         pairs = [tensor for pair in zip(downs, ups, strict=True) for tensor in pair]
         needed = list(ctx.needs_input_grad[5 : 5 + len(pairs)])
         dtypes = [tensor.dtype for tensor in pairs]
-        found = adapter_gradients(grad_Tn, low_grad_Tk, saved_Tik, layout, dtypes, needed)
+        found = adapter_gradients(list(grads), low_grad_Tk, x_Ti, low_Tk, layout, dtypes, needed)
         found += [None] * (8 - len(found))
         return (dx_Ti, None, None, None, None, *found)
 

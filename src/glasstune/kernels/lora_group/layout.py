@@ -42,6 +42,19 @@ class Layout:
         """The sum of the ranks, rounded up: k."""
         return -(-sum(self.ranks) // _ALIGN) * _ALIGN
 
+    @property
+    def apart(self) -> bool:
+        """Whether outputs are so much wider than the input that each has a product of its own.
+
+        Then nothing joins their gradients, and the backward takes A and s·B on the input's side.
+        """
+        return min(self.outs) >= 2 * self.width
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the input is so much wider than the output that A joins on the output's side."""
+        return self.width >= 2 * self.rows
+
     def out_slices(self) -> list[slice]:
         """Returns the rows of each member in M."""
         return _slices(self.outs)

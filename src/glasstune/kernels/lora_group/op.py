@@ -31,7 +31,7 @@ def lora_group(
         ups: B of each member, [n_j, r_j].
 
     Returns:
-        [..., n_j] of each member in x's dtype: views of one tensor.
+        [..., n_j] of each member in x's dtype: views of one tensor, or each its own.
 
     Raises:
         ValueError: Shapes or types do not fit.
@@ -45,11 +45,13 @@ def lora_group(
     for index in range(MAX_MEMBERS):
         present = index < len(downs)
         flat += [downs[index] if present else None, ups[index] if present else None]
-    y = GroupProduct.apply(
+    outs = GroupProduct.apply(
         x.reshape(-1, layout.width), kept, None if kept is not None else wide, bias, layout,
         flat[0], flat[1], flat[2], flat[3], flat[4], flat[5], flat[6], flat[7],
     )  # type: ignore[no-untyped-call]  # fmt: skip
-    return _members(y, x, layout)
+    if layout.apart:
+        return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+    return _members(outs[0], x, layout)
 
 
 def base_group(
