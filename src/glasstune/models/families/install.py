@@ -16,13 +16,15 @@ from glasstune.models.families.table import family_of
 _PROBE = 5  # tokens of each of the two documents of the probe
 
 
-def install_packing(model: PreTrainedModel) -> str:
+def install_packing(model: PreTrainedModel, *, compiled: bool = False) -> str:
     """Makes a model able to keep the documents of one row apart, and looks whether it does.
 
     Unpacked calls, evaluation and generation compute what they did before.
 
     Args:
         model: A causal language model, plain; install before adapters are added.
+        compiled: Whether its blocks will be compiled: then no way whose calls differ by the bounds
+            of the documents, which would be compiled again for every batch.
 
     Returns:
         How it is done, in words (for `run.json`).
@@ -40,7 +42,7 @@ def install_packing(model: PreTrainedModel) -> str:
     elif family.packing == "blocks":
         how = "block-causal 4-D mask"
     else:
-        if family.packing == "documents" and _uses_documents(model):
+        if family.packing == "documents" and _uses_documents(model) and not compiled:
             documents.register()
             model.set_attn_implementation(documents.NAME)
         # Some families do not let it be set in older versions of transformers.
