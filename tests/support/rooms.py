@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": ("core", "kernels"),
     "adapters": ("core", "models"),
     "fast": ("core", "kernels", "models", "adapters"),
-    "planner": ("core", "models", "adapters", "fast"),
+    "planner": ("core", "kernels", "models", "adapters", "fast"),
     "generation": ("core", "data", "kernels", "models", "adapters"),
     "export": ("core", "models", "adapters", "generation"),
     "training": ("core", "data", "kernels", "models", "adapters", "fast"),

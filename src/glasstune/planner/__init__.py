@@ -1,1 +1,4 @@
-"""Bytes and seconds before the start. Not built yet."""
+"""Bytes and seconds before the start.
+
+Import the modules; this package must stay light.
+"""

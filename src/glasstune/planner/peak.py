@@ -1,0 +1,148 @@
+"""From the bytes of each block to the peak of a run: a maximum over its moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from glasstune.core.plan import Moment
+from glasstune.core.recompute import Recompute
+from glasstune.planner.live import BlockBytes
+
+
+@dataclass(frozen=True)
+class Static:
+    """What stays the whole run.
+
+    Args:
+        base: Frozen weights as they are stored.
+        wide: What the fast path adds to them: columns and rows of the adapters beside the base's.
+        adapters: Trained tensors (float32).
+        gradients: Of all trained tensors.
+        optimizer: Their moments.
+        load: Most bytes beside the base while it is loaded.
+        largest: The largest trained tensor, for buffers of the optimiser's step.
+    """
+
+    base: int
+    wide: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    load: int = 0
+    largest: int = 0
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a batch does to memory.
+
+    Args:
+        before: Alive when the first block begins.
+        plain: Of each block, kept.
+        again: Of each block, computed again.
+        entering: Bytes of a block's input.
+        head: Most above what the blocks keep, from the last block's end to its backward.
+        head_kept: Kept between the last block and the loss.
+        evaluation: The most while a batch is evaluated.
+        notes: How the numbers were found.
+    """
+
+    before: int
+    plain: Sequence[BlockBytes]
+    again: Sequence[BlockBytes]
+    entering: int
+    head: int
+    head_kept: int
+    evaluation: int
+    notes: list[str] = field(default_factory=list)
+
+
+_IN_FLIGHT = 2
+"""Offloaded inputs that are on the device at a time: one is copied while another is used."""
+
+
+def moments(
+    static: Static, batch: Activations, recompute: Recompute, *, context: int, workspace: int = 0
+) -> list[Moment]:
+    """Returns the peak of each phase of a run.
+
+    Args:
+        static: What stays.
+        batch: The largest batch.
+        recompute: Which blocks are computed again.
+        context: What the process itself takes.
+        workspace: What libraries keep on the device (products' workspaces).
+
+    Returns:
+        One entry a phase, in the order of a run.
+    """
+    blocks = [
+        batch.again[index] if index < recompute.layers else plain
+        for index, plain in enumerate(batch.plain)
+    ]
+    kept = [block.kept for block in blocks]
+    flying = 0
+    if recompute.offload:
+        kept = [
+            0 if index < recompute.layers else block.kept for index, block in enumerate(blocks)
+        ]
+        flying = min(_IN_FLIGHT, recompute.layers) * batch.entering
+    stays = {"base": static.base + static.wide, "adapters": static.adapters, "context": context}
+    run = {**stays, "optimizer": static.optimizer}
+
+    def moment(phase: str, where: str, parts: dict[str, int]) -> Moment:
+        full = {**parts, "workspace": parts.get("workspace", 0) + workspace}
+        return Moment(phase, where, sum(full.values()), full)
+
+    found = [
+        moment(
+            "load", "weights are read",
+            {"base": static.base, "context": context, "workspace": static.load - workspace},
+        )
+    ]  # fmt: skip
+    forward, backward = [], []
+    alive = batch.before + flying
+    for index, block in enumerate(blocks):
+        forward.append(
+            moment(
+                "forward",
+                f"layer {index}",
+                {**run, "activations": alive, "workspace": block.forward},
+            )
+        )
+        alive += kept[index]
+    loss = moment("loss", "head and loss", {**run, "activations": alive, "workspace": batch.head})
+    gradients = 0
+    for index in reversed(range(len(blocks))):
+        block = blocks[index]
+        alive -= kept[index]
+        own = min(kept[index], block.backward)
+        parts = {
+            **run,
+            "activations": alive + own,
+            "workspace": block.backward - own - min(block.gradients, block.backward - own),
+            "gradients": gradients + min(block.gradients, block.backward - own),
+        }
+        backward.append(moment("backward", f"layer {index}", parts))
+        gradients += block.gradients
+    found += [_highest(forward), loss, _highest(backward)] if blocks else [loss]
+    step = {**run, "gradients": static.gradients, "workspace": static.largest}
+    found.append(moment("optimizer", "adapters move", step))
+    evaluation = {**run, "activations": 0, "workspace": batch.evaluation}
+    found.append(moment("evaluation", "held-out rows", evaluation))
+    return found
+
+
+def _highest(found: list[Moment]) -> Moment:
+    return max(found, key=lambda moment: moment.bytes)
+
+
+def peak(found: Sequence[Moment]) -> Moment:
+    """Returns the highest moment."""
+    return max(found, key=lambda moment: moment.bytes)
+
+
+def owner(moment: Moment) -> str:
+    """Returns the largest part of a moment."""
+    return max(moment.parts, key=lambda name: moment.parts[name])
