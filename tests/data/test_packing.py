@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from glasstune.core.batch import Document
 from glasstune.data.loader import batches, evaluation_batches
-from glasstune.data.packing import PackedSet, pack_documents, shuffled
+from glasstune.data.packing import PackedSet
+from glasstune.data.packs import pack_documents, shuffled
 
 
 def documents(lengths: list[int]) -> list[Document]:

@@ -16,7 +16,7 @@ from glasstune.core.config import DataConfig
 from glasstune.core.errors import InputError
 from glasstune.core.facts import ModelFacts
 from glasstune.data.prepare import prepare_data
-from glasstune.data.split import held_out, repeated, text_key
+from glasstune.data.split import HELD_OUT, TRAINED, Texts, hold_out, repeated, text_key
 
 
 def write(path: Path, rows: Sequence[Any]) -> Path:
@@ -268,6 +268,12 @@ def test_lengths_are_percentiles() -> None:
         "max": max(lengths),
     }
     assert len(set(lengths)) > 20
+
+
+def held_out(keys: Any, share: float, seed: int) -> Any:
+    sides = np.full(len(keys), TRAINED, dtype=np.uint8)
+    hold_out(Texts([keys], len(keys), seed), sides, share)
+    return sides == HELD_OUT
 
 
 @pytest.mark.parametrize("seed", range(5))

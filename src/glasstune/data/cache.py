@@ -9,7 +9,6 @@ that was killed goes on with the pieces that were finished, and a damaged file i
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -23,10 +22,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from glasstune.core.errors import GlasstuneError, InputError, RunError
 from glasstune.core.files import cache_folder, dump_json
-from glasstune.core.units import format_bytes
 from glasstune.data.documents import Piece
+from glasstune.data.errors import writing
 from glasstune.data.shards import Shard
 from glasstune.data.tally import Tally
 
@@ -70,7 +68,7 @@ class Entry:
             InputError: The folder cannot be written.
             RunError: The disk is full.
         """
-        with _named(self.folder):
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / "lock").open("w")
         with lock:
@@ -98,7 +96,7 @@ class Entry:
             "tally": tally.to_dict(),
         }
         text = dump_json({"body": body, "sha256": _hash(dump_json(body))})
-        with _named(self.folder):
+        with writing(self.folder):
             _write(self.shard_path(number), data)
             _write(self._note_path(number), text.encode())
 
@@ -117,7 +115,7 @@ class Entry:
 
     def finish(self, pieces: int) -> None:
         """Marks the entry as complete."""
-        with _named(self.folder):
+        with writing(self.folder):
             _write(self.folder / _DONE, dump_json({"pieces": pieces}).encode())
 
     def finished(self) -> list[Kept] | None:
@@ -166,34 +164,3 @@ def _write(path: Path, data: pa.Buffer | bytes) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """Turns a failed write into an error that names the folder and the way out.
-
-    Raises:
-        InputError: The folder cannot be written.
-        RunError: The disk is full.
-    """
-    try:
-        yield
-    except GlasstuneError:
-        raise
-    except OSError as error:
-        way = "set GLASSTUNE_CACHE to a folder on another disk"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            root = next(path for path in folder.absolute().parents if path.is_dir())
-            raise RunError(
-                "disk_full",
-                "the disk is full while tokenised rows are written: "
-                f"{format_bytes(shutil.disk_usage(root).free)} free",
-                where=str(folder),
-                fix=f"free space, or {way}; what is finished is used by the next run",
-            ) from error
-        raise InputError(
-            "cache_not_writable",
-            f"tokenised rows cannot be written here: {error.strerror or error}",
-            where=str(folder),
-            fix=way,
-        ) from error

@@ -1,4 +1,4 @@
-"""All documents of a data set, wherever their tokens lie: a few bytes a row in memory."""
+"""All documents of a data set, wherever their tokens lie."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glasstune.core.batch import Document, IntArray
+from glasstune.data.scratch import blocks, gathered
 from glasstune.data.shards import Shard
 
 _OPEN = 256
@@ -35,7 +36,7 @@ class Piece:
 
 
 class Store:
-    """Shards of all sources in order, with the numbers that every row needs in memory.
+    """Shards of all sources, source by source.
 
     Args:
         pieces: The shards.
@@ -45,15 +46,7 @@ class Store:
         self.pieces = tuple(pieces)
         self.starts = np.zeros(len(self.pieces) + 1, dtype=np.int64)
         np.cumsum([piece.rows for piece in self.pieces], out=self.starts[1:])
-        total = int(self.starts[-1])
-        self.lengths = np.zeros(total, dtype=np.int32)
-        self.trained = np.zeros(total, dtype=np.int32)
-        self.sources = np.zeros(total, dtype=np.int16)
-        for number, shard in self.walk():
-            rows = slice(self.starts[number], self.starts[number + 1])
-            self.lengths[rows] = shard.ids.lengths()
-            self.trained[rows] = shard.trained
-            self.sources[rows] = self.pieces[number].source
+        self.sources = np.asarray([piece.source for piece in self.pieces], dtype=np.int16)
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -65,12 +58,14 @@ class Store:
         for number, piece in enumerate(self.pieces):
             yield number, piece.open()
 
-    def keys(self) -> NDArray[np.uint64]:
-        """Returns the text keys of all rows."""
-        keys = np.zeros(len(self), dtype=np.uint64)
-        for number, shard in self.walk():
-            keys[self.starts[number] : self.starts[number + 1]] = shard.keys()
-        return keys
+    def key_blocks(self) -> Iterator[NDArray[np.uint64]]:
+        """Yields the text keys of all rows in order."""
+        return gathered(shard.keys() for _, shard in self.walk())
+
+    def bounds(self, source: int) -> tuple[int, int]:
+        """Returns the first row of a source, and the one behind its last."""
+        first, last = np.searchsorted(self.sources, [source, source + 1])
+        return int(self.starts[first]), int(self.starts[last])
 
     def place(self, row: int) -> tuple[int, int]:
         """Returns the shard of a row and its place there."""
@@ -123,39 +118,54 @@ class StoredDocuments(Sequence[Document]):
         return self.store.document(int(self.rows[index]))
 
     @property
-    def lengths(self) -> IntArray:
-        """Tokens of each, int32."""
-        return self.store.lengths[self.rows]
+    def trained_tokens(self) -> int:
+        """Trained tokens of all."""
+        return sum(int(s.trained[at].sum(dtype=np.int64)) for _, s, at in self._shards())
 
-    @property
-    def trained(self) -> IntArray:
-        """Trained tokens of each, int32."""
-        return self.store.trained[self.rows]
+    def source_blocks(self) -> Iterator[NDArray[np.int16]]:
+        """Yields the source index of each, in order."""
+        for block in blocks(self.rows):
+            yield self.store.sources[self._numbers(block)]
 
-    @property
-    def sources(self) -> NDArray[np.int16]:
-        """Source index of each."""
-        return self.store.sources[self.rows]
+    def length_blocks(self) -> Iterator[IntArray]:
+        """Yields the tokens of each, int32, in order."""
+        return gathered(shard.ids.lengths()[at] for _, shard, at in self._shards())
 
     def runs(self) -> Iterator[tuple[Shard, int, int]]:
         """Yields (shard, first, last + 1) of rows that follow each other there, in order."""
-        if not len(self.rows):
-            return
-        inner = self.store.starts[1:-1]
-        breaks = np.diff(self.rows) != 1
-        if len(inner):
-            breaks |= np.diff(np.searchsorted(inner, self.rows, side="right")) != 0
-        edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(self.rows)]
+        held: tuple[int, Shard, int, int] | None = None
+        for number, shard, places in self._shards():
+            edges = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+            for start, stop in pairwise(edges):
+                first, last = int(places[start]), int(places[stop - 1]) + 1
+                if held is not None and (held[0], held[3]) == (number, first):
+                    held = (*held[:3], last)  # a block ended inside the run
+                    continue
+                if held is not None:
+                    yield held[1:]
+                held = number, shard, first, last
+        if held is not None:
+            yield held[1:]
+
+    def _numbers(self, rows: IntArray) -> NDArray[np.int64]:
+        """Returns the shard of each row."""
+        return np.searchsorted(self.store.starts, rows, side="right") - 1
+
+    def _shards(self) -> Iterator[tuple[int, Shard, NDArray[np.int64]]]:
+        """Yields (number, shard, places in it) of rows that lie in one shard, in order."""
         held, shard = -1, None
-        for start, stop in pairwise(edges):
-            number, at = self.store.place(int(self.rows[start]))
-            if shard is None or number != held:
-                held, shard = number, self.store.pieces[number].open()
-            yield shard, at, at + stop - start
+        for block in blocks(self.rows):
+            numbers = self._numbers(block)
+            edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(block)]
+            for start, stop in pairwise(edges):
+                number = int(numbers[start])
+                if shard is None or number != held:
+                    held, shard = number, self.store.pieces[number].open()
+                yield number, shard, block[start:stop] - self.store.starts[number]
 
 
-def lengths_of(documents: Sequence[Document]) -> IntArray:
-    """Returns the tokens of each document, int32."""
+def length_blocks(documents: Sequence[Document]) -> Iterator[IntArray]:
+    """Yields the tokens of each document, int32, in order."""
     if isinstance(documents, StoredDocuments):
-        return documents.lengths
-    return np.asarray([len(document) for document in documents], dtype=np.int32)
+        return documents.length_blocks()
+    return blocks(np.asarray([len(document) for document in documents], dtype=np.int32))

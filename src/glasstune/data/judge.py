@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
-from numpy.typing import NDArray
 
 from glasstune.core.batch import IntArray
 from glasstune.core.findings import Finding
@@ -11,6 +12,7 @@ from glasstune.data.checks import end_missing
 from glasstune.data.documents import Store
 from glasstune.data.errors import RowError
 from glasstune.data.ledger import Ledger
+from glasstune.data.split import HELD_OUT, LEFT_OUT, TRAINED, Part, Sides
 from glasstune.data.tally import PLACES, Note, Tally
 from glasstune.data.template import ChatTemplate
 
@@ -145,70 +147,91 @@ def _own_tokens(ledger: Ledger, template: ChatTemplate, tally: Tally) -> None:
         )
 
 
-def judge_repeats(
-    ledger: Ledger, store: Store, keys: NDArray[np.uint64], rows: IntArray, *, drop: bool
-) -> int:
-    """Notes texts that stand in several training rows.
+@dataclass
+class Repeats:
+    """Texts that stand in several rows, found part by part.
 
     Args:
-        ledger: The books.
-        store: Where the rows come from, for their places.
-        keys: Text keys of all rows of the store.
-        rows: The training rows.
-        drop: Whether the later ones are left out.
-
-    Returns:
-        Rows whose text an earlier row has.
+        drop: Whether only the first trained row of a text is kept, and the first held-out one.
+        overlap: Whether held-out rows whose text is trained are noted.
+        doubles: Trained rows whose text an earlier one has.
     """
-    ordered = np.sort(keys[rows])
-    doubles = int((ordered[1:] == ordered[:-1]).sum())
-    del ordered
-    if doubles == 0:
-        return 0
-    _, first, counts = np.unique(keys[rows], return_index=True, return_counts=True)
-    many = np.flatnonzero(counts > 1)
-    order = many[np.argsort(first[many], kind="stable")][:PLACES]
-    places = [store.origin(int(rows[first[k]])) for k in order]
-    note = Note(
-        "duplicates",
-        "info" if drop else "warning",
-        f"{{count}} rows repeat the text of an earlier row ({len(many):,} texts appear more than "
-        f"once); they are {'left out' if drop else 'kept'}",
-        "" if drop else "data.duplicates: drop keeps the first of each text",
-        doubles,
-        places,
-    )
-    ledger.findings.append(note.finding())
-    top = int(counts.max())
-    if not drop and (top >= _OFTEN or (top >= _AT_LEAST and top >= _SHARE * len(rows))):
-        at = store.origin(int(rows[first[int(counts.argmax())]]))
-        ledger.findings.append(
-            Finding(
-                "dominant_row",
-                "warning",
-                at,
-                f"the text of this row appears {top:,} times ({top / len(rows):.1%} of the "
-                "training rows)",
-                "data.duplicates: drop keeps it once",
+
+    drop: bool
+    overlap: bool
+    doubles: int = 0
+    _texts: int = 0
+    _firsts: list[int] = field(default_factory=list)
+    _most: tuple[int, int] = (0, 0)  # how often the most frequent text stands, first row negated
+    _both: int = 0
+    _both_first: list[int] = field(default_factory=list)
+
+    def look(self, part: Part, sides: Sides) -> None:
+        """Looks at all rows of some texts; with `drop` it marks those that are left out."""
+        trained, held = part.of(sides, TRAINED), part.of(sides, HELD_OUT)
+        first = np.flatnonzero(trained.firsts())
+        counts = np.diff(np.append(first, len(trained.rows)))
+        many = counts > 1
+        if many.any():
+            self.doubles += len(trained.rows) - len(first)
+            self._texts += int(many.sum())
+            rows, counts = trained.rows[first[many]], counts[many]
+            self._firsts = _lowest(self._firsts, rows)
+            often = rows[counts == counts.max()]
+            self._most = max(self._most, (int(counts.max()), -int(often.min())))
+        if self.drop:
+            for side in (trained, held):
+                sides[side.rows[~side.firsts()]] = LEFT_OUT
+            held = part.of(sides, HELD_OUT)
+        if self.overlap:
+            both = held.rows[np.isin(held.keys, trained.keys)]
+            self._both += len(both)
+            self._both_first = _lowest(self._both_first, both)
+
+    def judge(self, ledger: Ledger, store: Store, trained: int) -> None:
+        """Adds the findings.
+
+        Args:
+            ledger: The books.
+            store: Where the rows come from, for their places.
+            trained: Number of trained rows, with those that repeat another.
+        """
+        if self.doubles:
+            note = Note(
+                "duplicates",
+                "info" if self.drop else "warning",
+                f"{{count}} rows repeat the text of an earlier row ({self._texts:,} texts appear "
+                f"more than once); they are {'left out' if self.drop else 'kept'}",
+                "" if self.drop else "data.duplicates: drop keeps the first of each text",
+                self.doubles,
+                [store.origin(row) for row in self._firsts],
             )
-        )
-    return doubles
+            ledger.findings.append(note.finding())
+        top = self._most[0]
+        if not self.drop and (top >= _OFTEN or (top >= _AT_LEAST and top >= _SHARE * trained)):
+            ledger.findings.append(
+                Finding(
+                    "dominant_row",
+                    "warning",
+                    store.origin(-self._most[1]),
+                    f"the text of this row appears {top:,} times ({top / trained:.1%} of the "
+                    "training rows)",
+                    "data.duplicates: drop keeps it once",
+                )
+            )
+        if self._both:
+            note = Note(
+                "validation_overlap",
+                "warning",
+                "{count} validation rows have the text of a training row, so the held-out loss is "
+                "too good",
+                "take them out of one side",
+                self._both,
+                [store.origin(row) for row in self._both_first],
+            )
+            ledger.findings.append(note.finding())
 
 
-def judge_overlap(
-    ledger: Ledger, store: Store, keys: NDArray[np.uint64], training: IntArray,
-    validation: IntArray,
-) -> None:  # fmt: skip
-    """Notes validation rows whose text is also trained."""
-    both = validation[np.isin(keys[validation], keys[training])]
-    if len(both):
-        note = Note(
-            "validation_overlap",
-            "warning",
-            "{count} validation rows have the text of a training row, so the held-out loss is too "
-            "good",
-            "take them out of one side",
-            len(both),
-            [store.origin(int(row)) for row in both[:PLACES]],
-        )
-        ledger.findings.append(note.finding())
+def _lowest(known: list[int], rows: IntArray) -> list[int]:
+    """Returns the first `PLACES` of known rows and others."""
+    return sorted({*known, *np.sort(rows)[:PLACES].tolist()})[:PLACES]

@@ -14,16 +14,43 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from glasstune.core.batch import IntArray
 from glasstune.core.errors import InputError
 from glasstune.core.findings import Finding
 from glasstune.core.records import DataRecord
-from glasstune.data.documents import StoredDocuments
 from glasstune.data.tally import Note, Tally
 from glasstune.data.texts import shares
 
 _SHOWN = 8
 _ORDER = {"error": 0, "warning": 1, "info": 2}
+
+
+@dataclass
+class Totals:
+    """What is kept of a source.
+
+    Args:
+        rows: Rows.
+        tokens: Their tokens.
+        trained: Those that the loss sees.
+        lengths: Number of rows of each length, int64.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    trained: int = 0
+    lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def add(self, lengths: NDArray[np.int32], trained: NDArray[np.int32]) -> None:
+        """Counts rows in.
+
+        Args:
+            lengths: Tokens of each, int32.
+            trained: Trained tokens of each, int32.
+        """
+        self.rows += len(lengths)
+        self.tokens += int(lengths.sum(dtype=np.int64))
+        self.trained += int(trained.sum(dtype=np.int64))
+        self.lengths = _added([self.lengths, np.bincount(lengths)])
 
 
 @dataclass
@@ -90,7 +117,7 @@ class Ledger:
     def dropped(self) -> dict[str, int]:
         """Returns rows that were left out, by reason."""
         counts = dict(self.merged().dropped)
-        if self.removed:
+        if any(self.removed.values()):
             counts["duplicate"] = sum(self.removed.values())
         return counts
 
@@ -130,78 +157,93 @@ class Ledger:
         return sorted(found, key=lambda finding: _ORDER[finding.severity])
 
     def record(
-        self, documents: StoredDocuments, policies: dict[str, str], duplicates: int
+        self, totals: Sequence[Totals], policies: dict[str, str], duplicates: int
     ) -> DataRecord:
         """Returns the record of the data check.
 
         Args:
-            documents: All kept documents, training and validation, before repetition.
+            totals: Of the kept rows of each source, training and validation, before repetition.
             policies: The settings that say what becomes of rows that do not fit.
             duplicates: Training rows whose text another row has, too.
         """
         whole = self.merged()
-        lengths, trained, sources = documents.lengths, documents.trained, documents.sources
-        by_source: dict[str, dict[str, int]] = {}
-        for index, name in enumerate(self.names):
-            own = sources == index
-            by_source[name] = {
+        by_source = {
+            name: {
                 "rows": self.tallies[index].rows,
-                "kept": int(own.sum()),
-                "tokens": int(lengths.sum(dtype=np.int64, where=own)),
-                "trained_tokens": int(trained.sum(dtype=np.int64, where=own)),
+                "kept": own.rows,
+                "tokens": own.tokens,
+                "trained_tokens": own.trained,
             }
+            for index, (name, own) in enumerate(zip(self.names, totals, strict=True))
+        }
+        lengths = _added([own.lengths for own in totals])
+        kept = sum(own.rows for own in totals)
         dropped = self.dropped()
-        if whole.rows != len(documents) + sum(dropped.values()):
-            raise RuntimeError(f"{whole.rows} rows, {len(documents)} kept, dropped {dropped}")
+        if whole.rows != kept + sum(dropped.values()):
+            raise RuntimeError(f"{whole.rows} rows, {kept} kept, dropped {dropped}")
         return DataRecord(
             rows=whole.rows,
-            kept=len(documents),
+            kept=kept,
             dropped=dropped,
-            tokens=int(lengths.sum(dtype=np.int64)),
-            trained_tokens=int(trained.sum(dtype=np.int64)),
-            lengths=_percentiles(lengths),
+            tokens=sum(own.tokens for own in totals),
+            trained_tokens=sum(own.trained for own in totals),
+            lengths=percentiles(lengths),
             by_source=by_source,
             findings=self.all_findings(),
             policies=policies,
             cut=whole.notes["cut"].count if "cut" in whole.notes else 0,
             duplicates=duplicates,
             scripts=shares(whole.letters),
-            histogram=histogram(documents.lengths),
+            histogram=histogram(lengths),
         )
 
 
-def histogram(lengths: NDArray[np.int32], bins: int = 40) -> list[list[int]]:
+def _added(counts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    longest = max((len(count) for count in counts), default=0)
+    whole = np.zeros(longest, dtype=np.int64)
+    for count in counts:
+        whole[: len(count)] += count
+    return whole
+
+
+def histogram(rows: NDArray[np.int64], bins: int = 40) -> list[list[int]]:
     """Counts rows by length, in at most `bins` bins of a width of 1, 2 or 5 times a power of ten.
 
     Args:
-        lengths: Tokens of each row, int32.
+        rows: Number of rows of each length in tokens, int64.
         bins: Most bins.
 
     Returns:
         `[first, last, rows]` of each bin, from the first one with a row to the last.
     """
-    if not len(lengths):
+    found = np.flatnonzero(rows)
+    if not len(found):
         return []
-    low, high = int(lengths.min()), int(lengths.max())
+    low, high = int(found[0]), int(found[-1])
     widths = (unit * 10**power for power in range(10) for unit in (1, 2, 5))
     width = next(each for each in widths if high // each - low // each < bins)
     start = low // width
-    counts = np.bincount(lengths // width - start).tolist()
+    counts = np.zeros(high // width - start + 1, dtype=np.int64)
+    np.add.at(counts, found // width - start, rows[found])
     return [
         [(start + at) * width, (start + at + 1) * width - 1, count]
-        for at, count in enumerate(counts)
+        for at, count in enumerate(counts.tolist())
     ]
 
 
-def _percentiles(lengths: IntArray) -> dict[str, int]:
-    """Returns NumPy's percentiles of an array that may be sorted, without its copies in float64."""
-    if not len(lengths):
+def percentiles(rows: NDArray[np.int64]) -> dict[str, int]:
+    """Returns NumPy's percentiles of the lengths, from the number of rows of each length."""
+    ends = np.cumsum(rows)
+    total = int(ends[-1]) if len(ends) else 0
+    if not total:
         return {"p50": 0, "p95": 0, "max": 0}
-    lengths.sort()
+
+    def at(place: int) -> int:
+        return int(np.searchsorted(ends, place, side="right"))
+
     found: dict[str, int] = {}
     for share in (50, 95):
-        whole, part = divmod(share * (len(lengths) - 1), 100)
-        above = min(whole + 1, len(lengths) - 1)
-        low, high = int(lengths[whole]), int(lengths[above])
+        whole, part = divmod(share * (total - 1), 100)
+        low, high = at(whole), at(min(whole + 1, total - 1))
         found[f"p{share}"] = low + (high - low) * part // 100
-    return {**found, "max": int(lengths[-1])}
+    return {**found, "max": at(total - 1)}

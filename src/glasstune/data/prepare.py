@@ -18,11 +18,21 @@ from glasstune.core.protocols import Progress
 from glasstune.core.records import DataRecord
 from glasstune.data.choose import choose_settings, choose_template, open_source
 from glasstune.data.documents import Store, StoredDocuments
-from glasstune.data.judge import judge_overlap, judge_repeats, judge_template
-from glasstune.data.ledger import Ledger
-from glasstune.data.packing import PackedSet, PackTable
+from glasstune.data.judge import Repeats, judge_template
+from glasstune.data.ledger import Ledger, Totals
+from glasstune.data.packing import PackedSet
+from glasstune.data.packs import PackTable
+from glasstune.data.scratch import BLOCK, Numbers, blocks
 from glasstune.data.sources import source_names
-from glasstune.data.split import first_of_each, held_out, repeated
+from glasstune.data.split import (
+    HELD_OUT,
+    LEFT_OUT,
+    TRAINED,
+    Sides,
+    Texts,
+    hold_out,
+    repeated,
+)
 from glasstune.data.template import ChatTemplate
 from glasstune.data.tokenise import Tokeniser
 from glasstune.data.work import Shape, Task
@@ -73,8 +83,9 @@ def prepare_data(
 ) -> PreparedData:
     """Reads, checks, tokenises, splits and packs the data of a run.
 
-    Tokenised rows of files are kept in a cache on disk; what stays in memory is about 40 bytes a
-    row.
+    Tokenised rows of files are kept in a cache on disk, and so is what has a number for each row;
+    one byte a row stays in memory. Rows that were given from Python stay there, tokenised by this
+    process alone.
 
     Args:
         config: The `data` part of the config.
@@ -115,8 +126,8 @@ def prepare_data(
     if stop:
         ledger.raise_errors()
     judge_template(ledger, template)
-    sides = _Sides.divide(config, ledger, store, seed)
-    rows = sides.repeat(config, store, seed)
+    sides, doubles = _divide(config, ledger, store, seed)
+    rows = _trained_rows(config, store, sides, seed)
     if not len(rows):
         if stop:
             raise ledger.nothing_left()
@@ -127,13 +138,13 @@ def prepare_data(
         StoredDocuments(store, rows), max_length=limit, packed=packed, seed=seed
     )
     held = None
-    if len(sides.validation):
-        documents = StoredDocuments(store, sides.validation)
+    held_rows = _chosen(sides, HELD_OUT, 0, len(sides))
+    if len(held_rows):
+        documents = StoredDocuments(store, held_rows)
         held = PackedSet.build(documents, max_length=limit, packed=packed, seed=seed)
     policies = {key: getattr(config, key) for key in ("truncation", "on_error", "duplicates")}
-    kept = StoredDocuments(store, np.sort(np.concatenate([sides.train, sides.validation])))
-    record = ledger.record(kept, policies, sides.doubles)
-    record.held_out = len(sides.validation)
+    record = ledger.record(_totals(store, sides, len(names)), policies, doubles)
+    record.held_out = len(held_rows)
     record.fingerprint = fingerprint(train, held)
     return PreparedData(
         train=train,
@@ -148,56 +159,57 @@ def prepare_data(
     )
 
 
-@dataclass
-class _Sides:
-    """Which rows of the store are trained and which validate.
+def _divide(config: DataConfig, ledger: Ledger, store: Store, seed: int) -> tuple[Sides, int]:
+    """Says which rows are trained, held out or left out as doubles.
 
-    Args:
-        train: In the order of the data.
-        validation: The same.
-        doubles: Training rows whose text an earlier row has.
+    Returns:
+        The side of each row, and the number of trained rows whose text an earlier one has.
     """
+    sides = np.full(len(store), TRAINED, dtype=np.uint8)
+    border = store.bounds(len(config.sources))[0]
+    sides[border:] = HELD_OUT
+    texts = Texts(store.key_blocks(), len(store), seed)
+    drop = config.duplicates == "drop"
+    repeats = Repeats(drop=drop, overlap=bool(config.validation))
+    for part in texts:
+        repeats.look(part, sides)
+    repeats.judge(ledger, store, border)
+    for source in range(len(ledger.names)):
+        start, stop = store.bounds(source)
+        ledger.removed[source] = int(np.count_nonzero(sides[start:stop] == LEFT_OUT))
+    if not config.validation:
+        hold_out(texts, sides, config.validation_split)
+    return sides, repeats.doubles
 
-    train: IntArray
-    validation: IntArray
-    doubles: int
 
-    @classmethod
-    def divide(cls, config: DataConfig, ledger: Ledger, store: Store, seed: int) -> _Sides:
-        """Leaves out doubles where asked to, and divides the rest."""
-        keys = store.keys()
-        border = len(config.sources)
-        train = np.flatnonzero(store.sources < border).astype(np.int32)
-        validation = np.flatnonzero(store.sources >= border).astype(np.int32)
-        drop = config.duplicates == "drop"
-        doubles = judge_repeats(ledger, store, keys, train, drop=drop)
-        if drop:
-            every = len(train) + len(validation)
-            train = train[first_of_each(keys[train])]
-            validation = validation[first_of_each(keys[validation])]
-            if every > len(train) + len(validation):
-                kept = np.bincount(store.sources[np.concatenate([train, validation])])
-                for source, count in enumerate(np.bincount(store.sources).tolist()):
-                    ledger.removed[source] = count - (
-                        int(kept[source]) if source < len(kept) else 0
-                    )
-        if config.validation:
-            judge_overlap(ledger, store, keys, train, validation)
+def _chosen(sides: Sides, side: int, start: int, stop: int) -> IntArray:
+    """Returns the rows of one side within bounds, ascending."""
+    found = Numbers(np.int32)
+    for first in range(start, stop, BLOCK):
+        found.add(np.flatnonzero(sides[first : min(first + BLOCK, stop)] == side) + first)
+    return found.whole()
+
+
+def _trained_rows(config: DataConfig, store: Store, sides: Sides, seed: int) -> IntArray:
+    """Returns the training rows as often as each source asks for, source by source."""
+    rows = Numbers(np.int32)
+    for index, source in enumerate(config.sources):
+        own = _chosen(sides, TRAINED, *store.bounds(index))
+        if source.repeat == 1:
+            for block in blocks(own):
+                rows.add(block)
         else:
-            if len(train) < len(keys):
-                keys = keys[train]
-            held = held_out(keys, config.validation_split, seed)
-            train, validation = train[~held], train[held]
-        return cls(train, validation, doubles)
+            rows.add(own[repeated(len(own), source.repeat, seed, index)])
+    return rows.whole()
 
-    def repeat(self, config: DataConfig, store: Store, seed: int) -> IntArray:
-        """Returns the training rows as often as each source asks for, source by source."""
-        sources = store.sources[self.train]
-        parts = []
-        for index, source in enumerate(config.sources):
-            own = self.train[sources == index]
-            parts.append(own[repeated(len(own), source.repeat, seed, index)])
-        return np.concatenate(parts)
+
+def _totals(store: Store, sides: Sides, sources: int) -> list[Totals]:
+    """Counts what is kept of each source."""
+    totals = [Totals() for _ in range(sources)]
+    for number, shard in store.walk():
+        kept = sides[store.starts[number] : store.starts[number + 1]] != LEFT_OUT
+        totals[store.pieces[number].source].add(shard.ids.lengths()[kept], shard.trained[kept])
+    return totals
 
 
 def fingerprint(train: PackedSet, validation: PackedSet | None) -> str:
@@ -211,14 +223,18 @@ def fingerprint(train: PackedSet, validation: PackedSet | None) -> str:
         if not isinstance(documents, StoredDocuments) or not isinstance(packs, PackTable):
             raise TypeError("only prepared data has a fingerprint")
         digest.update(f"{part.packed} {part.max_length} {len(documents)} {len(packs)};".encode())
-        digest.update(documents.sources.astype("<i2").tobytes())
-        digest.update(documents.lengths.astype("<i4").tobytes())
+        for sources in documents.source_blocks():
+            digest.update(sources.astype("<i2").tobytes())
+        for lengths in documents.length_blocks():
+            digest.update(lengths.astype("<i4").tobytes())
         for shard, start, stop in documents.runs():
             digest.update(shard.ids.many(start, stop).data)
             for lists in (shard.spans, shard.other):
                 # Where one row's list ends and the next begins is part of the labels.
                 digest.update(np.diff(lists.ends[start : stop + 1]).tobytes())
                 digest.update(lists.many(start, stop).data)
-        digest.update(packs.members.astype("<i4").tobytes())
-        digest.update(packs.ends.astype("<i8").tobytes())
+        for block in blocks(packs.members):
+            digest.update(block.astype("<i4").tobytes())
+        for block in blocks(packs.ends):
+            digest.update(block.astype("<i8").tobytes())
     return digest.hexdigest()
