@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_iter
 
-from glasstune.planner.live import BlockBytes
+from glasstune.planner.live import BlockBytes, attention_workspace
 from glasstune.planner.shadow import Shadow
 
 
@@ -189,10 +189,16 @@ def walk(graph: fx.GraphModule, outside: set[str], round_to: int, *, takes: bool
                 freed.remove(same[0])
                 now -= plan.size[same[0]]
             now += plan.size[made]
-            peak = max(peak, now)
+            peak = max(peak, now + _inside(node))
         now -= sum(plan.size[key] for key in freed)
     out = sum(plan.size[key] for key in plan.outputs - plan.inputs)
     return Walk(peak, out)
+
+
+def _inside(node: fx.Node) -> int:
+    """Bytes that a kernel allocates within itself."""
+    values = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
+    return attention_workspace(str(node.target), values)
 
 
 class _Buffers:

@@ -8,8 +8,9 @@ activations, buffers of a moment and gradients come out as a real step has them,
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,24 +27,46 @@ ROUND = {"cuda": 512, "cpu": 64}
 """Bytes to which an allocator rounds each tensor: CUDA's caching one, torch's CPU alignment."""
 
 
+def attention_workspace(name: str, inputs: Sequence[Any]) -> int:
+    """Bytes that CUDA's flash attention allocates inside its backward.
+
+    Source: `mha_bwd` of flash attention, as torch has it: dq is gathered in float32, and where
+    several queries share a key, the gradients of keys and values are made for every query first.
+
+    Args:
+        name: Of the operation.
+        inputs: Its arguments: dout, q, k, v [B, H, L, D], ...
+    """
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    if "attention" not in name or "backward" not in name or len(tensors) < 4:
+        return 0
+    _, q, k, _ = tensors[:4]
+    shared = 0 if q.shape[1] == k.shape[1] else 2 * q.numel() * q.element_size()
+    return 4 * q.numel() + shared
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of living storages that were made inside.
 
     Args:
         round_to: Bytes to which each storage is rounded up.
+        cuda: Whether kernels are a GPU's, with buffers of their own inside.
 
     Attributes:
         now: Bytes that live.
         peak: The most that lived since `restart`.
         most: The most that ever lived.
+        then: Called once, before the next operation.
     """
 
-    def __init__(self, round_to: int = 1) -> None:
+    def __init__(self, round_to: int = 1, cuda: bool = False) -> None:
         super().__init__()
+        self.cuda = cuda
         self.now = 0
         self.peak = 0
         self.most = 0
         self.round_to = round_to
+        self.then: Callable[[], None] | None = None
         self._known: dict[int, Any] = {}
 
     def restart(self) -> None:
@@ -54,7 +77,13 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Runs the operation and counts what is new."""
+        if self.then is not None:
+            then, self.then = self.then, None
+            then()
         out = func(*args, **(kwargs or {}))
+        if self.cuda and (inside := attention_workspace(str(func), args)):
+            self.peak = max(self.peak, self.now + inside)
+            self.most = max(self.most, self.now + inside)
         for value in tree_iter(out):
             if isinstance(value, Tensor):
                 self._count(value)
@@ -210,7 +239,7 @@ def block_calls(shadow: Shadow, batch: Batch) -> list[tuple[tuple[Any, ...], dic
 
 
 def _counter(shadow: Shadow) -> LiveBytes:
-    live = LiveBytes(ROUND.get(shadow.device, 1))
+    live = LiveBytes(ROUND[shadow.target], shadow.target == "cuda")
     for tensor in _held(shadow):
         live.know(tensor)
     for parameter in shadow.model.parameters():
@@ -237,6 +266,9 @@ def _forward(shadow: Shadow, batch: Batch) -> tuple[Tensor, nn.Module]:
         **batch.extra,
     }
     causal = shadow.model.get_base_model()
+    if "position_ids" in inspect.signature(causal.base_model.forward).parameters:
+        places = torch.arange(batch.length, device=shadow.device)
+        inputs.setdefault("position_ids", places.expand(batch.rows, -1).contiguous())
     with shadow.precision():
         hidden: Tensor = causal.base_model(**inputs, return_dict=True)[0]
         hidden = hidden.flatten(0, 1)
@@ -294,12 +326,10 @@ class _Watch:
         self.ends: list[int] = []
         self.forward: list[int] = []
         self.backward: dict[int, int] = {}
-        self.left: dict[int, int] = {}
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.head_kept = self.head = 0
         self._handles: list[Any] = []
         self._open: int | None = None
-        self._running = False
 
     def __enter__(self) -> _Watch:
         for index, block in enumerate(self.blocks):
@@ -331,12 +361,18 @@ class _Watch:
     def _end(self, index: int, _: nn.Module, args: Any, out: Any) -> None:
         if len(self.ends) > index:
             return
-        self.ends.append(self.live.now)
         self.forward.append(self.live.peak - self.starts[index])
         self.live.restart()
+        self.ends.append(self.live.now)
+        # The loop over the blocks still holds this one's input until the next operation.
+        self.live.then = partial(self._left, index)
         first = out if isinstance(out, Tensor) else out[0]
         if first.requires_grad:
             first.register_hook(partial(self._reached, index))
+
+    def _left(self, index: int) -> None:
+        self.live.restart()
+        self.ends[index] = self.live.now
 
     def at_head(self) -> None:
         """Notes what is kept when the loss begins."""
@@ -353,7 +389,6 @@ class _Watch:
             self.head = self.live.peak - self.ends[-1]
         else:
             self.backward[self._open] = self.live.peak
-            self.left[self._open] = self.live.now
 
     def result(self) -> StepBytes:
         """Returns the bytes by block."""

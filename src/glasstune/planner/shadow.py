@@ -71,7 +71,8 @@ class Shadow:
             like it.
         groups: Groups of the fast path; empty without it.
         norms: Paths of normalisations that are compiled beside the blocks.
-        device: `cpu` or `cuda`: whose kernels the operations are those of.
+        device: Where its tensors pretend to be: `cpu`, so that a plan needs no GPU.
+        target: `cpu` or `cuda`: where the run will be.
         autocast: Type of the products, or None.
     """
 
@@ -82,6 +83,7 @@ class Shadow:
     groups: list[PlannedGroup] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
     device: str = "cpu"
+    target: str = "cpu"
     autocast: torch.dtype | None = torch.bfloat16
 
     @contextmanager
@@ -102,7 +104,7 @@ def make_shadow(
     quantization: Mapping[str, Any] = {},
     dtype: str = "bfloat16",
     int8_compute: str = "w8a16",
-    device: str = "cpu",
+    target: str = "cpu",
     fast: bool = False,
     attention: str | None = None,
 ) -> Shadow:
@@ -115,7 +117,7 @@ def make_shadow(
         quantization: Options of `BitsAndBytesConfig`.
         dtype: Load dtype.
         int8_compute: `w8a16` or `llm_int8`.
-        device: `cpu` or `cuda`; `cuda` needs a build of torch that knows it.
+        target: `cpu` or `cuda`: where the run will be.
         fast: Whether layers of one input share a product, as `speed_up` makes them.
         attention: `attn_implementation`, None for the model's own.
 
@@ -123,14 +125,14 @@ def make_shadow(
         InputError: As `skeleton` and `add_adapter`.
     """
     base: Any = skeleton(source, bits, quantization, dtype=dtype, int8_compute=int8_compute)
-    return shadow_of(base, adapter, device=device, fast=fast, attention=attention)
+    return shadow_of(base, adapter, target=target, fast=fast, attention=attention)
 
 
 def shadow_of(
     base: Any,
     adapter: Mapping[str, Any],
     *,
-    device: str = "cpu",
+    target: str = "cpu",
     fast: bool = False,
     attention: str | None = None,
 ) -> Shadow:
@@ -139,7 +141,7 @@ def shadow_of(
     Args:
         base: A frozen transformers model; packed weights have their logical shapes.
         adapter: As in `make_shadow`.
-        device: Likewise.
+        target: Likewise.
         fast: Likewise.
         attention: Likewise.
     """
@@ -147,6 +149,7 @@ def shadow_of(
         base.set_attn_implementation(attention)
     base.config.use_cache = False
     stands_for = _thin_out(base)
+    device = "cpu"
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.device("meta"):
         model = add_adapter(base, **dict(adapter)).train()
@@ -160,7 +163,7 @@ def shadow_of(
         made = Shadow(
             mode, model, list(blocks), stands_for or list(range(len(blocks))),
             norms=list(find_norms(model, blocks)),
-            device=device, autocast=torch.bfloat16 if half else None,
+            device=device, target=target, autocast=torch.bfloat16 if half else None,
         )  # fmt: skip
         if fast:
             made.groups = _groups(made, adapted)

@@ -1,0 +1,224 @@
+"""Bytes of a run from its configuration: weights by formula, activations by a step without data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from glasstune.adapters.overlay import moment_bytes
+from glasstune.models.head import HeadSplit
+from glasstune.models.inspect.precision import precision_record
+from glasstune.models.inspect.source import ModelSource
+from glasstune.planner.graphs import compiled_bytes
+from glasstune.planner.live import (
+    ROUND,
+    Batch,
+    BlockBytes,
+    Loss,
+    block_calls,
+    trace_evaluation,
+    trace_step,
+)
+from glasstune.planner.losses import any_head_loss, frozen_head_loss, frozen_head_loss_gpu
+from glasstune.planner.peak import Activations, Static
+from glasstune.planner.shadow import Shadow, make_shadow
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run is set up, as far as memory depends on it.
+
+    Args:
+        source: The base model.
+        bits: 16, 8 or 4.
+        adapter: Options of the adapter.
+        quantization: Options of `BitsAndBytesConfig`.
+        dtype: Load dtype.
+        int8_compute: `w8a16` or `llm_int8`.
+        optim: `adamw_torch` or `adamw_8bit`.
+        target: `cpu` or `cuda`: where the run will be.
+        fast: Whether layers of one input share a product.
+        compiled: Whether blocks are compiled.
+        attention: `attn_implementation`, None for the model's own.
+    """
+
+    source: ModelSource
+    bits: int
+    adapter: Mapping[str, Any]
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "bfloat16"
+    int8_compute: str = "w8a16"
+    optim: str = "adamw_torch"
+    target: str = "cpu"
+    fast: bool = False
+    compiled: bool = False
+    attention: str | None = None
+
+
+class MemoryModel:
+    """Bytes of a run, for any batch and policy.
+
+    Args:
+        setup: The run.
+        packing: Whether rows hold several documents, which `install` prepares the model for.
+
+    Attributes:
+        static: What stays the whole run.
+        shadow: The model without data.
+        bare_head: Whether the loss may take the head's frozen weight.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.shadow: Shadow = make_shadow(
+            setup.source, setup.bits, setup.adapter, quantization=setup.quantization,
+            dtype=setup.dtype, int8_compute=setup.int8_compute, target=setup.target, fast=setup.fast,
+            attention=setup.attention,
+        )  # fmt: skip
+        split = HeadSplit(self.shadow.model)
+        split.proven = True
+        self.bare_head = split.bare
+        self.static = self._static()
+        self._known: dict[Any, Activations] = {}
+
+    @property
+    def layers(self) -> int:
+        """Decoder blocks of the real model."""
+        return len(self.shadow.stands_for)
+
+    def activations(self, batch: Batch) -> Activations:
+        """Returns what a batch does to memory; each is worked out once."""
+        key = (batch.rows, batch.length, batch.trained, batch.masked, _frozen(batch.extra))
+        if key not in self._known:
+            self._known[key] = self._trace(batch)
+        return self._known[key]
+
+    def scaled(self, batch: Batch, like: Batch) -> Activations:
+        """Returns another batch's activations from those of one like it, in proportion to tokens.
+
+        Weights that are expanded for a moment do not grow with the tokens and are left as they are.
+        """
+        known = self.activations(like)
+        share = batch.tokens / like.tokens
+        fixed = self.largest_expansion()
+
+        def grown(size: int, constant: int = 0) -> int:
+            constant = min(size, constant)
+            return constant + round((size - constant) * share)
+
+        def block(part: BlockBytes) -> BlockBytes:
+            return BlockBytes(
+                grown(part.kept), grown(part.forward, fixed), grown(part.backward, fixed),
+                part.gradients,
+            )  # fmt: skip
+
+        return replace(
+            known,
+            before=grown(known.before),
+            plain=[block(part) for part in known.plain],
+            again=[block(part) for part in known.again],
+            entering=grown(known.entering),
+            head=grown(known.head),
+            head_kept=grown(known.head_kept),
+            evaluation=grown(known.evaluation, fixed),
+        )
+
+    def largest_expansion(self) -> int:
+        """Bytes of the widest weight that is expanded for a moment; 0 at 16 bit."""
+        sizes = [0]
+        for group in self.shadow.groups:
+            if group.kind != "full":
+                layout = group.layout
+                sizes.append(2 * (layout.rows + layout.columns) * (layout.width + layout.columns))
+        if not self.shadow.groups and self.setup.bits < 16:
+            sizes += [
+                2 * module.in_features * module.out_features
+                for module in self.shadow.model.modules()
+                if isinstance(module, nn.Linear)
+                and type(module).__name__ in ("Linear4bit", "Int8Linear", "Linear8bitLt")
+            ]
+        return max(sizes)
+
+    def loss(self) -> Loss:
+        """Returns what stands behind the last norm."""
+        if not self.bare_head:
+            return any_head_loss
+        return frozen_head_loss_gpu if self.setup.target == "cuda" else frozen_head_loss
+
+    def _trace(self, batch: Batch) -> Activations:
+        shadow, compiled = self.shadow, self.setup.compiled
+        loss = self.loss()
+        again = trace_step(shadow, batch, loss, recompute=True, fused_norms=compiled)
+        if compiled:
+            # Compiled blocks keep their input, as computed-again ones do: so does what is around.
+            around = again
+            pairs = [
+                compiled_bytes(shadow, path, call, round_to=ROUND["cuda"])
+                for path, call in zip(shadow.blocks, block_calls(shadow, batch), strict=True)
+            ]
+            plains, agains = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            notes = ["each layer's compiled graphs, forward and backward, walked buffer by buffer"]
+        else:
+            around = trace_step(shadow, batch, loss)
+            plains, agains = around.blocks, again.blocks
+            notes = ["each layer's operations traced on tensors without data"]
+        evaluation = trace_evaluation(shadow, batch, loss)
+        kinds = shadow.stands_for
+        return Activations(
+            before=around.before,
+            plain=[plains[kind] for kind in kinds],
+            again=[agains[kind] for kind in kinds],
+            entering=agains[-1].kept if agains else 0,
+            head=around.head,
+            head_kept=around.head_kept,
+            evaluation=evaluation,
+            notes=notes,
+        )
+
+    def _static(self) -> Static:
+        setup = self.setup
+        record = precision_record(
+            setup.source, setup.bits, setup.quantization, dtype=setup.dtype,
+            int8_compute=setup.int8_compute,
+        )  # fmt: skip
+        adapters = gradients = optimizer = largest = 0
+        for name, parameter in self.shadow.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            size = parameter.numel() * parameter.element_size()
+            count = self._times(name)
+            adapters += count * size
+            gradients += count * size
+            optimizer += count * moment_bytes(parameter.numel(), setup.optim)
+            largest = max(largest, size)
+        wide = 0
+        for group in self.shadow.groups:
+            if group.kind == "full" and group.wide is not None:
+                kept = group.base_layout.rows * group.base_layout.width
+                extra = (group.wide.numel() - kept) * group.wide.element_size()
+                wide += self._times(group.paths[0]) * extra
+        return Static(
+            base=record.total_bytes,
+            wide=wide,
+            adapters=adapters,
+            gradients=gradients,
+            optimizer=optimizer,
+            load=record.largest_transient_bytes,
+            largest=largest,
+        )
+
+    def _times(self, name: str) -> int:
+        """How many blocks of the real model stand behind a name of the shadow."""
+        for index, path in enumerate(self.shadow.blocks):
+            if name.startswith(f"{path}."):
+                return self.shadow.stands_for.count(index)
+        return 1
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple(sorted((key, _frozen(item)) for key, item in value.items()))
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else str(value)
