@@ -53,6 +53,9 @@ def build(args: argparse.Namespace) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from glasstune.adapters.inject import add_adapter, keep_activation_dtype
+    from glasstune.core.recompute import Recompute
+    from glasstune.models.families.install import install_packing
+    from glasstune.training.recompute import apply_recompute, decoder_layers
 
     kind, options = SHAPES[args.model]
     layers = "n_layer" if "n_layer" in options else "num_hidden_layers"
@@ -64,9 +67,16 @@ def build(args: argparse.Namespace) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.requires_grad_(False)
     model.config.use_cache = False
+    if args.save:
+        model.save_pretrained(args.save)
     pack(model, args.bits)
+    if args.device == "cuda":
+        install_packing(model, compiled=True)
     model = add_adapter(model, r=args.rank, lora_alpha=ALPHA)
     keep_activation_dtype(model)
+    if args.recompute:
+        layers = len(decoder_layers(model)) if args.recompute < 0 else args.recompute
+        apply_recompute(model, Recompute(layers, args.offload))
     if args.device == "cuda":
         torch.cuda.empty_cache()
     return model.train()
@@ -103,17 +113,19 @@ class Step:
     """Forward, backward and update of one batch."""
 
     def __init__(self, model: Any, args: argparse.Namespace) -> None:
+        from glasstune.models.families.install import packing_kwargs
         from glasstune.models.head import HeadSplit
 
         self.model, self.split = model, HeadSplit(model)
         self.device, self.autocast = args.device, True
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.recorded: Tensor | None = None
+        self.graph: Any = None
         vocabulary = self.split.weight.shape[0]
         generator = torch.Generator(device=args.device).manual_seed(1)
         size = (args.batch, args.seq)
         self.ids = torch.randint(0, vocabulary, size, device=args.device, generator=generator)
         self.places = torch.arange(args.seq, device=args.device).expand(size)
+        bounds = tuple((0, args.seq) for _ in range(args.batch))
+        self.extra = packing_kwargs(model, bounds, args.device)
         self.targets = self.ids.roll(-1, 1).reshape(-1)
         weights = torch.ones(size, device=args.device)
         weights[:, -1] = 0
@@ -125,14 +137,20 @@ class Step:
         """Returns the mean loss of the batch."""
         from glasstune.kernels.linear_cross_entropy import linear_cross_entropy
 
-        inputs: dict[str, Any] = {"input_ids": self.ids}
-        if self.model.config.model_type != "bloom":  # ALiBi has no positions
-            inputs["position_ids"] = self.places
+        run = self.hidden if self.graph is None else self.graph
         with self.precision():
-            hidden = self.split.hidden(self.model, **inputs)
+            hidden = run(self.ids, self.places)
             hidden = hidden.reshape(-1, hidden.shape[-1]).to(self.split.weight.dtype)
             total, _ = linear_cross_entropy(hidden, self.split.weight, self.targets, self.weights)
         return total
+
+    def hidden(self, ids: Tensor, places: Tensor) -> Tensor:
+        """Runs the model before its head, [batch, seq, hidden]."""
+        inputs: dict[str, Any] = {"input_ids": ids, **self.extra}
+        if self.model.config.model_type != "bloom":  # ALiBi has no positions
+            inputs["position_ids"] = places
+        with self.precision():
+            return self.split.hidden(self.model, **inputs)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Returns bf16 autocast, or nothing for float32."""
@@ -140,11 +158,6 @@ class Step:
 
     def __call__(self) -> Tensor:
         """Makes one update and returns its loss, still on the device."""
-        if self.graph is not None:
-            self.graph.replay()
-            self.optimizer.step()
-            assert self.recorded is not None
-            return self.recorded.detach()
         loss = self.loss()
         loss.backward()
         self.optimizer.step()
@@ -152,19 +165,10 @@ class Step:
         return loss.detach()
 
     def capture(self) -> None:
-        """Records forward and backward once as a CUDA graph; later calls replay it."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.optimizer.zero_grad(set_to_none=True)
-                self.loss().backward()
-        torch.cuda.current_stream().wait_stream(side)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.recorded = self.loss()
-            self.recorded.backward()
+        """Lets later calls replay the backbone as CUDA graphs."""
+        from glasstune.fast.graphs import GraphedForward
+
+        self.graph = GraphedForward(self.hidden, [self.ids, self.places], self.trained)
 
     def gradients(self) -> list[Tensor]:
         """Returns the gradient of every trained tensor, on the CPU."""
@@ -234,13 +238,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result = {
         "way": args.way, "model": args.model, "layers": args.layers, "bits": args.bits,
         "seq": args.seq, "batch": args.batch, "budget": args.budget, "rank": args.rank,
-        "graph": args.graph, "ms": round(median, 1), "ms_min": round(min(times), 1),
+        "recompute": args.recompute, "offload": args.offload, "graph": args.graph,
+        "ms": round(median, 1), "ms_min": round(min(times), 1),
         "tokens_per_second": round(args.batch * args.seq / median * 1e3),
         "peak_bytes": peak, "base_bytes": base, "losses": losses, "cold_seconds": round(cold, 1),
         "modules": dict(ways), "compiled": len(report.record.compiled) if report else 0,
     }  # fmt: skip
     if args.profile:
         result["busy_ms"] = profile(step, args)
+    if step.graph is not None:  # the same weights, with and without the replay
+        here = step.gradients()
+        step.graph = None
+        result["replay_equal"] = all(map(torch.equal, here, step.gradients()))
     return result
 
 
@@ -345,6 +354,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--budget", type=float, help="activation_memory_budget, 0 to 1")
     parser.add_argument("--compile", choices=("true", "false", "auto"), default="true")
+    parser.add_argument(
+        "--recompute", type=int, default=0, help="layers made again in the backward; -1 = all"
+    )
+    parser.add_argument("--offload", action="store_true", help="their inputs wait on the host")
+    parser.add_argument("--save", type=Path, help="folder for the 16-bit weights, then go on")
     parser.add_argument("--graph", action="store_true", help="replay the step as a CUDA graph")
     parser.add_argument("--backend", help="of torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
