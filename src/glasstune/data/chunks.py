@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glasstune.core.errors import InputError
@@ -46,6 +46,7 @@ class Chunk:
         rows: Else the rows themselves.
         blank: Blank lines among `rows`.
         size: Bytes of the file, or rows of another source, that it takes: for progress.
+        file: Index of the file among the source's files.
     """
 
     number: int
@@ -54,6 +55,7 @@ class Chunk:
     rows: tuple[RawRow | BadRow, ...] = ()
     blank: int = 0
     size: int = 0
+    file: int = 0
 
     def read(self, stats: ReadStats) -> Iterator[RawRow | BadRow]:
         """Reads the rows.
@@ -84,10 +86,10 @@ def chunks(source: OpenSource) -> Iterator[Chunk]:
             yield Chunk(number, rows=rows, size=len(rows))
             number += 1
         return
-    for path in source.files:
+    for index, path in enumerate(source.files):
         pieces = _line_chunks(path) if is_line_file(path) else _row_chunks(path)
         for piece in pieces:
-            yield Chunk(number, str(path), piece.lines, piece.rows, piece.blank, piece.size)
+            yield replace(piece, number=number, path=str(path), file=index)
             number += 1
 
 

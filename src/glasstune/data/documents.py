@@ -40,10 +40,12 @@ class Store:
 
     Args:
         pieces: The shards.
+        leases: Whatever keeps their files from being removed.
     """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[Piece], leases: Sequence[object] = ()) -> None:
         self.pieces = tuple(pieces)
+        self.leases = tuple(leases)
         self.starts = np.zeros(len(self.pieces) + 1, dtype=np.int64)
         np.cumsum([piece.rows for piece in self.pieces], out=self.starts[1:])
         self.sources = np.asarray([piece.source for piece in self.pieces], dtype=np.int16)

@@ -16,13 +16,14 @@ from glasstune.core.errors import InputError
 from glasstune.core.files import dump_json, sha256_file
 from glasstune.data import chunks
 from glasstune.data.choose import OpenSource
+from glasstune.data.read import delimiter_of
 from glasstune.data.template import ChatTemplate
 from glasstune.data.work import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE = 1
+CODE = 2
 """Raise it whenever this room would give other ids, labels or tallies for the same rows."""
 
 
@@ -79,8 +80,8 @@ class FileState:
 def source_key(task: Task, source: int, opened: OpenSource, files: Sequence[FileState]) -> str:
     """Returns the name of a source's cache entry."""
     shape = task.shapes[source]
-    # Origins stand beside the rows, so the names of files are part of it.
-    data: Any = [[str(file.path), file.sha256] for file in files]
+    # Of a file's name only what says how it is read: a file that is moved is the same data.
+    data: Any = [[delimiter_of(file.path), file.sha256] for file in files]
     if opened.table is not None:
         data = [opened.config.path, opened.config.split, str(opened.table._fingerprint)]
     parts = {

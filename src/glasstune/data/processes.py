@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 from glasstune.core.errors import GlasstuneError, InputError, RunError
-from glasstune.data.cache import Entry
+from glasstune.data.cache import Entry, Kept
 from glasstune.data.chunks import Chunk
 from glasstune.data.shards import batch_bytes, to_batch
 from glasstune.data.work import Task, Worker
@@ -52,9 +52,12 @@ def do(worker: Worker, job: Job) -> int:
         InputError: The file cannot be read any further, or the cache not be written.
         RunError: The disk is full.
     """
-    rows, tally = worker.work(job.source, job.chunk)
-    batch = to_batch(rows, keep_columns=worker.task.keep_columns)
-    job.entry.keep(job.chunk.number, batch_bytes(batch), len(rows), tally)
+    chunk = job.chunk
+    rows, tally = worker.work(job.source, chunk)
+    # Names of files stay out of the cache, so that a file which is moved is found again.
+    batch = to_batch(rows, keep_columns=worker.task.keep_columns, base=chunk.path)
+    kept = Kept(len(rows), tally.moved(chunk.path, ""), chunk.file)
+    job.entry.keep(chunk.number, batch_bytes(batch), kept)
     return tally.rows
 
 

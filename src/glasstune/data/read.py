@@ -101,8 +101,8 @@ def read_rows(path: Path, stats: ReadStats | None = None) -> Iterator[RawRow | B
             file.seek(0)
             if head == _PARQUET:
                 yield from _read_parquet(path)
-            elif path.suffix.lower() in _DELIMITERS:
-                yield from _read_csv(path, file, _DELIMITERS[path.suffix.lower()], stats)
+            elif delimiter := delimiter_of(path):
+                yield from _read_csv(path, file, delimiter, stats)
             else:
                 yield from _read_json(path, file, stats)
     except OSError as error:
@@ -114,9 +114,14 @@ def read_rows(path: Path, stats: ReadStats | None = None) -> Iterator[RawRow | B
         ) from error
 
 
+def delimiter_of(path: Path) -> str | None:
+    """Returns what parts the cells of a file whose name says that it is a table of text."""
+    return _DELIMITERS.get(path.suffix.lower())
+
+
 def is_line_file(path: Path) -> bool:
     """Tells whether `read_rows` would read a file line by line, as JSONL."""
-    if path.suffix.lower() in _DELIMITERS or not path.is_file():
+    if delimiter_of(path) or not path.is_file():
         return False
     with path.open("rb") as file:
         if file.read(4) == _PARQUET:

@@ -82,12 +82,13 @@ def labels_of(ids: IntArray, spans: IntArray, other: IntArray) -> IntArray:
     return labels
 
 
-def to_batch(rows: Sequence[Row], *, keep_columns: bool) -> pa.RecordBatch:
+def to_batch(rows: Sequence[Row], *, keep_columns: bool, base: str = "") -> pa.RecordBatch:
     """Builds the record batch of some rows.
 
     Args:
         rows: The rows.
         keep_columns: Whether their columns are written, as JSON; in memory they stay as they are.
+        base: What their origins start with, left out here and given to the `Shard` again.
     """
     ends = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(row.ids) for row in rows], out=ends[1:])
@@ -103,7 +104,7 @@ def to_batch(rows: Sequence[Row], *, keep_columns: bool) -> pa.RecordBatch:
         "spans": _lists(*spans),
         "other": _lists(*other),
         "trained": pa.array(np.diff(sums[ends]).astype(np.int32)),
-        "origin": pa.array([row.origin for row in rows], pa.string()),
+        "origin": pa.array([row.origin.removeprefix(base) for row in rows], pa.string()),
         "key": pa.array([row.key for row in rows], pa.binary(KEY_BYTES)),
     }
     if keep_columns:
@@ -147,11 +148,16 @@ class Shard:
     Args:
         batch: As `to_batch` made it.
         columns: Values of a loss function per row, where they are not in the batch.
+        base: What every origin starts with.
     """
 
     def __init__(
-        self, batch: pa.RecordBatch, columns: Sequence[Mapping[str, Any]] | None = None
+        self,
+        batch: pa.RecordBatch,
+        columns: Sequence[Mapping[str, Any]] | None = None,
+        base: str = "",
     ) -> None:
+        self.base = base
         self.rows: int = batch.num_rows
         self.ids = _Lists(batch.column("ids"))
         self.spans = _Lists(batch.column("spans"))
@@ -164,20 +170,20 @@ class Shard:
             self._columns = batch.column(_COLUMNS)
 
     @classmethod
-    def open(cls, path: Path) -> Shard:
+    def open(cls, path: Path, base: str = "") -> Shard:
         """Maps a file into memory; nothing is read until it is asked for."""
         with pa.memory_map(str(path)) as source:
-            return cls(pa.ipc.open_file(source).get_batch(0))
+            return cls(pa.ipc.open_file(source).get_batch(0), base=base)
 
     def keys(self) -> NDArray[np.uint64]:
-        """Returns half of each text key: two of a million texts agree once in 30 million times."""
+        """Returns half of each text key."""
         start = self._keys.offset * KEY_BYTES
         raw = np.frombuffer(self._keys.buffers()[1], dtype="<u8", offset=start)
         return raw[: 2 * self.rows : 2].astype(np.uint64)
 
     def origin(self, row: int) -> str:
         """Returns where a row came from."""
-        return str(self._origins[row].as_py())
+        return f"{self.base}{self._origins[row].as_py()}"
 
     def document(self, row: int, source: int) -> Document:
         """Returns a row; its ids are a view, its labels are built."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from glasstune.core.findings import Finding, Severity
@@ -137,6 +137,23 @@ class Tally:
             own = self.notes.setdefault(code, Note(code, note.severity, note.message, note.fix))
             own.add(note)
         self.added = sorted({*self.added, *other.added})
+
+    def moved(self, old: str, new: str) -> Tally:
+        """Returns it with places that start with another file's name.
+
+        Args:
+            old: What they start with now.
+            new: What they start with then.
+        """
+
+        def at(notes: Mapping[str, Note]) -> dict[str, Note]:
+            return {
+                key: replace(note, places=[new + place.removeprefix(old) for place in note.places])
+                for key, note in notes.items()
+            }
+
+        blank = {new + path.removeprefix(old): count for path, count in self.blank.items()}
+        return replace(self, bad=at(self.bad), notes=at(self.notes), blank=blank)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns it as JSON."""

@@ -10,7 +10,8 @@ from functools import partial
 
 from glasstune.core.choices import Choices
 from glasstune.core.protocols import Progress
-from glasstune.data.cache import Entry, Kept
+from glasstune.core.units import format_bytes
+from glasstune.data.cache import Entry, Kept, Lease
 from glasstune.data.choose import OpenSource
 from glasstune.data.chunks import chunks
 from glasstune.data.documents import Piece, Store
@@ -18,6 +19,7 @@ from glasstune.data.keys import FileState, source_key
 from glasstune.data.processes import CannotSendError, Job, Pool, do
 from glasstune.data.shards import Shard, to_batch
 from glasstune.data.tally import Tally
+from glasstune.data.trim import LIMIT, limit, trim
 from glasstune.data.work import Task, Worker
 
 _BAR = "data"
@@ -44,6 +46,8 @@ class Tokeniser:
     processes: int | None = None
     _pool: Pool | None = field(default=None, init=False)
     _worker: Worker | None = field(default=None, init=False)
+    _leases: list[Lease] = field(default_factory=list, init=False)
+    _grown: bool = field(default=False, init=False)
 
     def run(self) -> tuple[Store, list[Tally]]:
         """Returns all rows and, per source, what happened to them.
@@ -52,6 +56,7 @@ class Tokeniser:
             InputError: A file cannot be read, or the cache not be written.
             RunError: The disk is full, or a process ended.
         """
+        limit()  # a wrong one is said before the work
         pieces: list[Piece] = []
         tallies: list[Tally] = []
         try:
@@ -63,7 +68,9 @@ class Tokeniser:
         finally:
             if self._pool is not None:
                 self._pool.close()
-        return Store(pieces), tallies
+        if self._grown:
+            self._trim()
+        return Store(pieces, self._leases), tallies
 
     def _in_memory(self, index: int, source: OpenSource) -> tuple[list[Piece], Tally]:
         """Rows from Python stay in memory, as they were given."""
@@ -83,18 +90,32 @@ class Tokeniser:
     def _on_disk(self, index: int, source: OpenSource) -> tuple[list[Piece], Tally]:
         files = [FileState.of(path) for path in source.files or ()]
         entry = Entry.of(source_key(self.task, index, source, files))
+        self._leases.append(entry.lease())
         with entry.locked():
             kept = entry.finished()
             if kept is None:
                 kept = self._make(index, source, files, entry)
                 how = "made", "rows, tokenizer, template or options are new"
+                self._grown = True
             else:
                 how = "read", "the same rows were tokenised in the same way before"
         self.choices.record(f"data.cache.{source.name}", how[0], f"{how[1]}: {entry.folder}")
+        bases = [str(file.path) for file in files] or [""]
         whole = Tally()
         for piece in kept:
-            whole.merge(piece.tally)
-        return entry.pieces(index, kept), whole
+            whole.merge(piece.tally.moved("", bases[piece.file]))
+        return entry.pieces(index, kept, bases), whole
+
+    def _trim(self) -> None:
+        """Removes what the cache holds beyond its limit, and says it."""
+        found = trim()
+        if found.entries:
+            self.choices.record(
+                "data.cache.removed",
+                found.entries,
+                f"entries that were not used for longest, {format_bytes(found.size)}: the cache "
+                f"may hold {format_bytes(found.limit)} ({LIMIT}); none in use is removed",
+            )
 
     def _make(
         self, index: int, source: OpenSource, files: Sequence[FileState], entry: Entry
