@@ -12,6 +12,7 @@ from preparing import BASE, CHATML, alpaca, codes, finding, prepare
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from glasstune.core.choices import Choices
 from glasstune.core.errors import InputError
 from glasstune.core.facts import ModelFacts
 from glasstune.data.checks import RowFacts
@@ -342,8 +343,13 @@ def test_columns_that_json_cannot_hold_are_left_out_and_said(tmp_path: Path) -> 
     data = prepare(tmp_path / "x.parquet", keep_columns=True)
     assert [document.columns for document in data.train.documents] == [{"score": 0.5}] * 3
     assert "'day', a date" in finding(data, "column_left_out").message
-    memory = prepare(rows, keep_columns=True)
-    assert memory.train.documents[0].columns["score"] == 0.5
+    choices = Choices()
+    memory = prepare(rows, keep_columns=True, choices=choices)  # they go through no JSON
+    assert memory.train.documents[0].columns == {"day": datetime.date(2024, 1, 2), "score": 0.5}
+    assert "column_left_out" not in codes(memory)
+    choice = choices.get("data.cache.rows")
+    assert choice is not None
+    assert (choice.value, "in memory" in choice.reason) == ("none", True)
 
 
 def test_nothing_is_wrong_with_good_rows() -> None:

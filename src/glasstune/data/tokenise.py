@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from glasstune.core.choices import Choices
@@ -73,10 +73,16 @@ class Tokeniser:
         return Store(pieces, self._leases), tallies
 
     def _in_memory(self, index: int, source: OpenSource) -> tuple[list[Piece], Tally]:
-        """Rows from Python stay in memory, as they were given."""
+        """Rows from Python stay in memory, and so do their columns, whatever they hold."""
+        self.choices.record(
+            f"data.cache.{source.name}",
+            "none",
+            "rows given from Python stay in memory, tokenised anew by this process; those of a "
+            "file are tokenised once, by several processes, and lie on disk",
+        )
         whole, pieces = Tally(), []
         bar = _Bar(self.progress, len(source.config.rows or ()), "rows")
-        worker = self._own_worker()
+        worker = Worker(replace(self.task, plain_columns=False))
         for chunk in chunks(source):
             rows, tally = worker.work(index, chunk)
             columns = [row.columns for row in rows] if self.task.keep_columns else None
