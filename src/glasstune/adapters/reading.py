@@ -69,11 +69,11 @@ def fit_keys(
     """
     by_bare: dict[str, str] = {}
     for name in expected:
-        by_bare.setdefault(_bare(name), name)
+        by_bare.setdefault(bare_name(name), name)
     fitted: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in tensors.items():
-        match = name if name in expected else by_bare.get(_bare(name))
+        match = name if name in expected else by_bare.get(bare_name(name))
         if match is None or match in fitted:
             unknown.append(name)
         else:
@@ -103,7 +103,7 @@ def fit_keys(
     return fitted
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
     """Returns a name without wrappers, PEFT's prefix and the adapter's name."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     text = ".".join(parts).removeprefix("base_model.model.")

@@ -16,13 +16,16 @@ from glasstune.core.files import disk_full_named
 from glasstune.core.tensors import load_tensors, save_tensors
 
 
-def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
+def save_adapter(
+    model: PeftModel, folder: Path, base_name: str, base_fingerprint: str | None = None
+) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json`.
 
     Args:
         model: The PEFT model.
         folder: Made if absent. Write it aside and rename it where it must be whole or absent.
         base_name: What the config names as its base model.
+        base_fingerprint: That of the base model, which travels in the file's header.
 
     Raises:
         RunError: `disk_full`.
@@ -33,7 +36,8 @@ def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
     config.base_model_name_or_path = base_name
     config.inference_mode = True
     with disk_full_named(folder, needed=_bytes(state)):
-        save_tensors(state, folder / WEIGHTS)
+        marks = {} if base_fingerprint is None else {"glasstune_base": base_fingerprint}
+        save_tensors(state, folder / WEIGHTS, {"format": "pt", **marks})
         config.save_pretrained(str(folder))
 
 

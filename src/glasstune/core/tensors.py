@@ -83,6 +83,17 @@ def tensor_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     return shapes
 
 
+def tensor_metadata(path: Path) -> dict[str, str]:
+    """Reads the strings in a safetensors file's header; empty where it cannot be read."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        raw = file.read(length) if length <= _LARGEST_HEADER else b""
+    try:
+        return dict(json.loads(raw).get("__metadata__") or {})
+    except (ValueError, AttributeError, TypeError):
+        return {}
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """Where one tensor lies in a safetensors file.

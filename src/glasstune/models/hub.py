@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from huggingface_hub import errors
+from huggingface_hub import errors, snapshot_download, try_to_load_from_cache
 
 from glasstune.core.errors import InputError
 
+_ADAPTER = ("adapter_*", "*.json", "*.jinja", "*.model", "*.txt")
 _OFFLINE_FIX = (
     "go online, or set HF_ENDPOINT to a mirror you can reach, or point HF_HOME to a cache that "
     "holds the model, or give a local folder as model.path"
@@ -37,6 +39,30 @@ def hub_errors_explained(model_id: str) -> Iterator[None]:
         if isinstance(error, OSError) and any(_is_network(seen) for seen in chain):
             raise _unreachable(model_id, error) from error
         raise
+
+
+def hub_adapter(adapter_id: str) -> Path | None:
+    """Fetches an adapter from the hub, and nothing else of its repository.
+
+    Returns:
+        Its folder in the cache; None where the repository holds no adapter.
+
+    Raises:
+        InputError: The hub refuses or cannot be reached.
+    """
+    with hub_errors_explained(adapter_id):
+        folder = Path(snapshot_download(adapter_id, allow_patterns=list(_ADAPTER)))
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def cached_folder(model_id: str) -> Path | None:
+    """Returns the folder of a model's files in the local cache; None where they are not there."""
+    try:
+        found = try_to_load_from_cache(model_id, "config.json")
+    except errors.HFValidationError:
+        return None
+    folder = Path(found).parent if isinstance(found, str) else None
+    return folder if folder is not None and any(folder.glob("*.safetensors")) else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

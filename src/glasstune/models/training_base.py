@@ -1,0 +1,112 @@
+"""What a base's weights were where an adapter was trained on them: quantised and expanded again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from glasstune.core.choices import Choices
+from glasstune.core.config import ModelConfig
+from glasstune.core.errors import InputError
+from glasstune.kernels.expand.reference import block_scales, expand_4bit_reference
+from glasstune.kernels.int8_linear.reference import expand_rows, quantize_rows
+from glasstune.models.empty import float32_names
+from glasstune.models.quantization import BLOCK_4BIT, bnb_config, int8_compute
+from glasstune.models.skips import eligible
+
+
+class TrainingBase:
+    """The weights that a run's base had, one at a time.
+
+    Call it with a weight's name and its stored value, and it gives what training multiplied by,
+    in training's own type: the original cast to the run's type, and where the layer was stored at
+    8 or 4 bit, packed and expanded.
+
+    Args:
+        model: The plain base on the meta device.
+        config: The run's model section.
+
+    Raises:
+        InputError: The section's quantisation options contradict each other.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: ModelConfig) -> None:
+        self.bits = config.bits
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self._float32 = float32_names(model, list(model.state_dict()), self.dtype)
+        self._turned: dict[str, bool] = {}
+        self._int8 = int8_compute(config, Choices())
+        options: Any = bnb_config(config, self.dtype, Choices())
+        self._kind = str(getattr(options, "bnb_4bit_quant_type", "nf4"))
+        self._double = bool(getattr(options, "bnb_4bit_use_double_quant", False))
+        if self.bits != 16:
+            skip = config.quantization.get("llm_int8_skip_modules")
+            self._turned = {
+                f"{path}.weight": isinstance(module, Conv1D)
+                for path, module in eligible(model, skip)
+            }
+
+    @property
+    def label(self) -> str:
+        """The precision in a few words: `4 bit (nf4, double quantisation), bfloat16`."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.bits == 4:
+            double = ", double quantisation" if self._double else ""
+            return f"4 bit ({self._kind}{double}), {dtype}"
+        return f"8 bit ({self._int8}), {dtype}" if self.bits == 8 else dtype
+
+    def changes(self, name: str, stored: torch.dtype) -> bool:
+        """Whether a weight of this stored type was another in training."""
+        return name in self._turned or (name not in self._float32 and stored != self.dtype)
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        """Returns a weight as training had it.
+
+        Raises:
+            InputError: `bad_weights`: NaN or Inf in a weight that is quantised.
+        """
+        if not value.is_floating_point() or name in self._float32:
+            return value
+        value = value.to(self.dtype)
+        turned = self._turned.get(name)
+        if turned is None:
+            return value
+        rows = value.T.contiguous() if turned else value
+        try:
+            expanded = self._four_bit(rows) if self.bits == 4 else self._eight_bit(rows)
+        except ValueError as error:
+            raise InputError(
+                "bad_weights", str(error), where=name, fix="repair the checkpoint"
+            ) from error
+        return expanded.T.contiguous() if turned else expanded
+
+    def _eight_bit(self, rows: Tensor) -> Tensor:
+        if self._int8 == "w8a16":
+            return expand_rows(*quantize_rows(rows), self.dtype)
+        from bitsandbytes import functional
+
+        stored, scale, _ = functional.int8_vectorwise_quant(rows.to(torch.float16))
+        return expand_rows(stored, scale.float(), self.dtype)
+
+    def _four_bit(self, rows: Tensor) -> Tensor:
+        from bitsandbytes import functional
+
+        packed, state = functional.quantize_4bit(
+            rows, blocksize=BLOCK_4BIT, compress_statistics=self._double, quant_type=self._kind
+        )
+        nested = (None, None, None)
+        if state.nested:
+            nested = (state.state2.code, state.state2.absmax, state.offset)
+        out = torch.empty_like(rows)
+        expand_4bit_reference(
+            packed.reshape(-1).view(torch.uint8),
+            block_scales(state.absmax, *nested),
+            state.code,
+            BLOCK_4BIT,
+            out,
+        )
+        return out
