@@ -15,6 +15,7 @@ _EXPORTS = {
     "evaluate": "glasstune.workflows.evaluate:evaluate",
     "generate": "glasstune.workflows.generate:generate",
     "inspect_model": "glasstune.workflows.inspect:inspect_model",
+    "merge": "glasstune.workflows.merge:merge",
     "load_model": "glasstune.workflows.api:load_model",
     "add_adapter": "glasstune.adapters.inject:add_adapter",
     "LossBatch": "glasstune.training.terms:LossBatch",
@@ -24,8 +25,6 @@ _EXPORTS = {
     "speed_up": "glasstune.fast.speed_up:speed_up",
     "load_config": "glasstune.core.config_load:load_config",
 }
-_NOT_BUILT = ("merge",)
-
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 
@@ -33,8 +32,6 @@ def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         module, attribute = _EXPORTS[name].split(":")
         return getattr(import_module(module), attribute)
-    if name in _NOT_BUILT:
-        raise AttributeError(f"glasstune.{name} is not built yet in version {__version__}")
     raise AttributeError(f"module 'glasstune' has no attribute {name!r}")
 
 

@@ -5,12 +5,6 @@ from glasstune.core.config import Config
 from glasstune.core.errors import InputError
 
 
-@pytest.mark.parametrize("name", ["merge"])
-def test_what_is_not_built_says_so(name):
-    with pytest.raises(AttributeError, match="not built yet"):
-        getattr(glasstune, name)
-
-
 def test_unknown_names_are_ordinary_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         glasstune.nonsense  # noqa: B018

@@ -17,6 +17,7 @@ import typer
 from glasstune.cli import (  # noqa: F401 - they register commands
     audit,
     inspect,
+    merge,
     prepare,
     train,
     unbuilt,

@@ -19,12 +19,6 @@ def plan(rest: Rest = None, json: JsonOption = None) -> None:
 
 
 @app.command(context_settings=NOT_BUILT)
-def merge(rest: Rest = None, json: JsonOption = None) -> None:
-    """Merge an adapter into its base, with a certificate (not built yet)."""
-    not_built("glasstune merge", "the adapter is in PEFT's format: PeftModel.merge_and_unload()")
-
-
-@app.command(context_settings=NOT_BUILT)
 def chat(rest: Rest = None, json: JsonOption = None) -> None:
     """Chat with a model in the terminal (not built yet)."""
     not_built("glasstune chat", "glasstune generate RUN --prompt TEXT answers one prompt")

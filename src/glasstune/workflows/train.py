@@ -166,7 +166,8 @@ class _Session:
         from glasstune.adapters.saving import save_adapter, verify_saved
 
         def write(target: Path) -> None:
-            save_adapter(adapted.model, target, self.prepared.resolved.path)
+            resolved = self.prepared.resolved
+            save_adapter(adapted.model, target, resolved.path, resolved.fingerprint)
             verify_saved(adapted.model, target)
             self.prepared.data.template.save(target)
 
