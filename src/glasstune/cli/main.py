@@ -16,6 +16,7 @@ import typer
 
 from glasstune.cli import (  # noqa: F401 - they register commands
     audit,
+    chat,
     inspect,
     merge,
     prepare,

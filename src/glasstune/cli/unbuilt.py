@@ -19,12 +19,6 @@ def plan(rest: Rest = None, json: JsonOption = None) -> None:
 
 
 @app.command(context_settings=NOT_BUILT)
-def chat(rest: Rest = None, json: JsonOption = None) -> None:
-    """Chat with a model in the terminal (not built yet)."""
-    not_built("glasstune chat", "glasstune generate RUN --prompt TEXT answers one prompt")
-
-
-@app.command(context_settings=NOT_BUILT)
 def report(rest: Rest = None, json: JsonOption = None) -> None:
     """Write a run's report.html again (not built yet)."""
     not_built("glasstune report", "metrics.jsonl and run.json hold the numbers")
