@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from glasstune.core.errors import InputError
-from glasstune.models.families import bloom, documents
+from glasstune.models.families import bloom, documents, flex
 from glasstune.models.families.masks import additive, block_mask
-from glasstune.models.families.table import family_of
+from glasstune.models.families.table import Family, family_of
 
-_PROBE = 5  # tokens of each of the two documents of the probe
+_PROBE = (0, 5, 10)
+# Two blocks of flex_attention with borders inside them: shorter rows take another kernel.
+_FLEX_PROBE = (0, 90, 170, 256)
 
 
 def install_packing(model: PreTrainedModel, *, compiled: bool = False) -> str:
@@ -36,18 +39,7 @@ def install_packing(model: PreTrainedModel, *, compiled: bool = False) -> str:
     family = family_of(model.config)
     if family is None:
         raise _cannot_pack(f"the architecture {model.config.model_type} has no proven packing")
-    if family.packing == "bloom":
-        bloom.install(model)
-        how = "ALiBi and causal mask restart with each document"
-    elif family.packing == "blocks":
-        how = "block-causal 4-D mask"
-    else:
-        if family.packing == "documents" and _uses_documents(model) and not compiled:
-            documents.register()
-            model.set_attn_implementation(documents.NAME)
-        # Some families do not let it be set in older versions of transformers.
-        alone = model.config._attn_implementation == documents.NAME
-        how = "attention runs one document at a time" if alone else "4-D mask from positions"
+    how = _install(model, family, compiled)
     if any(type(part).__name__ == "Linear8bitLt" for part in model.modules()):
         # Its outlier columns are those of all tokens of a batch, packed or not, so a document's
         # rounding depends on its neighbours and the probe could not tell.
@@ -78,6 +70,13 @@ def packing_kwargs(
     family = family_of(config)
     if config._attn_implementation == documents.NAME:
         return {"attention_mask": None, documents.BOUNDS_KEYWORD: bounds}
+    if config._attn_implementation in (flex.NAME, flex.CAPPED_NAME):
+        capped = config._attn_implementation == flex.CAPPED_NAME
+        window = getattr(config, "sliding_window", None)
+        blocks = flex.packed_blocks(bounds, device, window=window, capped=capped)
+        return {"attention_mask": flex.no_mask(device), flex.BLOCKS_KEYWORD: blocks}
+    if family is not None and family.packing == "bloom" and bloom.uses_flex(model):
+        return {"attention_mask": bloom.numbers_as_mask(flex.document_numbers(bounds, device))}
     if family is not None and family.packing in ("bloom", "blocks"):
         allowed = block_mask(bounds, device)
         plain = family.packing == "blocks" and config._attn_implementation == "sdpa"
@@ -85,26 +84,94 @@ def packing_kwargs(
     return {"attention_mask": None}
 
 
+def _install(model: PreTrainedModel, family: Family, compiled: bool) -> str:
+    """Puts the best way that works here onto the model; returns it in words."""
+    config: Any = model.config
+    if family.packing == "blocks":
+        return "block-causal 4-D mask"
+    instead = flex.why_not(config, model.device)
+    if family.packing == "bloom":
+        if instead is None:
+            bloom.install_flex(model)
+            return "flex_attention with ALiBi inside each document"
+        bloom.install(model)
+        return _with_reason("ALiBi and causal mask restart with each document", model, instead)
+    # An attention that the user chose by name stays.
+    if config._attn_implementation == (family.attention or "sdpa"):
+        if instead is None:
+            flex.register()
+            name = flex.NAME if family.packing == "documents" else flex.CAPPED_NAME
+            model.set_attn_implementation(name)
+        elif family.packing == "documents" and model.device.type == "cpu" and not compiled:
+            documents.register()
+            model.set_attn_implementation(documents.NAME)
+    else:
+        instead = f"the attention is {config._attn_implementation}, by name"
+    # Some families do not let it be set in older versions of transformers.
+    if config._attn_implementation == documents.NAME:
+        return "attention runs one document at a time"
+    if config._attn_implementation in (flex.NAME, flex.CAPPED_NAME):
+        return "flex_attention inside each document; rows of one document need no mask"
+    if instead is None:
+        instead = "this version of transformers does not let the attention be set"
+    return _with_reason("4-D mask from positions", model, instead)
+
+
+def install_attention(model: PreTrainedModel) -> str | None:
+    """Replaces the attention of a model whose rows are not packed, where ours is far faster.
+
+    That is BLOOM on a GPU, whose own attention makes every score; other families run torch's
+    causal kernel as they are. `install_packing` does it too.
+
+    Args:
+        model: A causal language model, bare or with adapters around it.
+
+    Returns:
+        What was done, in words, or None.
+    """
+    config: Any = model.config
+    family = family_of(config)
+    if family is None or family.packing != "bloom":
+        return None
+    if flex.why_not(config, model.device) is not None:
+        return None
+    bloom.install_flex(model)
+    return "flex_attention with ALiBi"
+
+
+def uninstall_attention(model: nn.Module) -> None:
+    """Takes back what `install_attention` did; another model passes unchanged."""
+    bloom.uninstall_flex(model)
+
+
+def _with_reason(how: str, model: PreTrainedModel, instead: str) -> str:
+    # On a CPU flex_attention was never a choice.
+    return how if model.device.type == "cpu" else f"{how}: {instead}"
+
+
 def _leak(model: PreTrainedModel) -> float:
     """Returns how far a document's logits move when the one before it changes, 0 = not at all."""
     embedding: Any = model.get_input_embeddings()
     device = embedding.weight.device
-    count = torch.arange(2 * _PROBE, device=device)
+    own = model.config._attn_implementation in (flex.NAME, flex.CAPPED_NAME)
+    ends = _FLEX_PROBE if own or bloom.uses_flex(model) else _PROBE
+    count = torch.arange(ends[-1], device=device)
     one = (count * 7919 % embedding.weight.shape[0]).unsqueeze(0)
-    other = torch.where(count < _PROBE, (one + 1) % embedding.weight.shape[0], one)
-    positions = (count % _PROBE).unsqueeze(0)
-    extra = packing_kwargs(model, ((0, _PROBE, 2 * _PROBE),), device)
+    other = torch.where(count < ends[1], (one + 1) % embedding.weight.shape[0], one)
+    sizes = [torch.arange(end - start) for start, end in pairwise(ends)]
+    positions = torch.cat(sizes).to(device).unsqueeze(0)
+    extra = packing_kwargs(model, (ends,), device)
     training = [module for module in model.modules() if module.training]
     model.eval()
 
-    def second(ids: Tensor) -> Tensor:
+    def later(ids: Tensor) -> Tensor:
         out = model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
-        logits: Tensor = out.logits[0, _PROBE:]
+        logits: Tensor = out.logits[0, ends[1] :]
         return logits.float()
 
     try:
         with torch.no_grad():
-            before, after = second(one), second(other)
+            before, after = later(one), later(other)
     finally:
         for module in training:
             module.training = True
@@ -113,9 +180,3 @@ def _leak(model: PreTrainedModel) -> float:
 
 def _cannot_pack(says: str) -> InputError:
     return InputError("cannot_pack", says, where="data.packing", fix="set data.packing=false")
-
-
-def _uses_documents(model: PreTrainedModel) -> bool:
-    # On a GPU a loop over documents is bound by kernel launches; the mask is one kernel.
-    # An attention that the user chose by name stays.
-    return bool(model.device.type == "cpu" and model.config._attn_implementation == "sdpa")
