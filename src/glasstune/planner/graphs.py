@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils._pytree import tree_iter
 
 from glasstune.planner.live import BlockBytes, attention_workspace
@@ -254,7 +254,8 @@ class _Buffers:
 
     def _writes(self, node: fx.Node, returned: set[fx.Node]) -> bool:
         """Whether a node's result lies in memory: a kernel's, one that a kernel reads, or one
-        that is returned, directly or through views; all else is fused into its readers."""
+        that is returned, directly or through views; all else is fused into its readers.
+        """
         if _is_kernel(node) or node in returned or _is_reduction(node):
             return True
         waiting = list(node.users)

@@ -11,7 +11,7 @@ import gc
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from glasstune.models.families import documents
 from glasstune.planner.shadow import Shadow
 
 ROUND = {"cuda": 512, "cpu": 64}
@@ -159,14 +160,14 @@ class Batch:
         length: Tokens of a row.
         trained: Positions that reach the loss; None takes all without choosing.
         masked: Whether attention gets a mask (padding, or documents kept apart by one).
-        extra: More keyword arguments of the forward.
+        bounds: Per row the cumulative ends of its documents, where attention runs over those.
     """
 
     rows: int
     length: int
     trained: int | None = None
     masked: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+    bounds: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -263,8 +264,9 @@ def _forward(shadow: Shadow, batch: Batch) -> tuple[Tensor, nn.Module]:
     inputs: dict[str, Any] = {
         "input_ids": torch.zeros(batch.rows, batch.length, dtype=torch.int64, device=shadow.device),
         "use_cache": False,
-        **batch.extra,
     }
+    if batch.bounds is not None:
+        inputs |= {"attention_mask": None, documents.BOUNDS_KEYWORD: batch.bounds}
     causal = shadow.model.get_base_model()
     if "position_ids" in inspect.signature(causal.base_model.forward).parameters:
         places = torch.arange(batch.length, device=shadow.device)

@@ -43,6 +43,7 @@ class Setup:
         fast: Whether layers of one input share a product.
         compiled: Whether blocks are compiled.
         attention: `attn_implementation`, None for the model's own.
+        packed: Whether rows hold several documents.
     """
 
     source: ModelSource
@@ -56,6 +57,7 @@ class Setup:
     fast: bool = False
     compiled: bool = False
     attention: str | None = None
+    packed: bool = False
 
 
 class MemoryModel:
@@ -63,7 +65,6 @@ class MemoryModel:
 
     Args:
         setup: The run.
-        packing: Whether rows hold several documents, which `install` prepares the model for.
 
     Attributes:
         static: What stays the whole run.
@@ -76,7 +77,7 @@ class MemoryModel:
         self.shadow: Shadow = make_shadow(
             setup.source, setup.bits, setup.adapter, quantization=setup.quantization,
             dtype=setup.dtype, int8_compute=setup.int8_compute, target=setup.target, fast=setup.fast,
-            attention=setup.attention,
+            attention=setup.attention, packed=setup.packed,
         )  # fmt: skip
         split = HeadSplit(self.shadow.model)
         split.proven = True
@@ -91,7 +92,7 @@ class MemoryModel:
 
     def activations(self, batch: Batch) -> Activations:
         """Returns what a batch does to memory; each is worked out once."""
-        key = (batch.rows, batch.length, batch.trained, batch.masked, _frozen(batch.extra))
+        key = (batch.rows, batch.length, batch.trained, batch.masked, batch.bounds)
         if key not in self._known:
             self._known[key] = self._trace(batch)
         return self._known[key]
@@ -216,9 +217,3 @@ class MemoryModel:
             if name.startswith(f"{path}."):
                 return self.shadow.stands_for.count(index)
         return 1
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return tuple(sorted((key, _frozen(item)) for key, item in value.items()))
-    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -19,12 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glasstune.adapters.inject import add_adapter, keep_activation_dtype
 from glasstune.adapters.lora_layers import adapted_modules, lora_state, why_no_linear_lora
-from glasstune.fast.blocks import find_blocks, find_norms
 from glasstune.fast.bases import packed_source
+from glasstune.fast.blocks import find_blocks, find_norms
 from glasstune.fast.group import Group
 from glasstune.fast.groups import shared_inputs
 from glasstune.fast.members import attach
 from glasstune.kernels.lora_group import MAX_MEMBERS
+from glasstune.models.families import documents
+from glasstune.models.families.table import family_of
 from glasstune.models.inspect.dry_run import skeleton
 from glasstune.models.inspect.source import ModelSource
 from glasstune.models.packed import is_four_bit
@@ -107,6 +109,7 @@ def make_shadow(
     target: str = "cpu",
     fast: bool = False,
     attention: str | None = None,
+    packed: bool = False,
 ) -> Shadow:
     """Builds the adapted model without data.
 
@@ -120,12 +123,13 @@ def make_shadow(
         target: `cpu` or `cuda`: where the run will be.
         fast: Whether layers of one input share a product, as `speed_up` makes them.
         attention: `attn_implementation`, None for the model's own.
+        packed: Whether rows hold several documents, kept apart as `install_packing` does it.
 
     Raises:
         InputError: As `skeleton` and `add_adapter`.
     """
     base: Any = skeleton(source, bits, quantization, dtype=dtype, int8_compute=int8_compute)
-    return shadow_of(base, adapter, target=target, fast=fast, attention=attention)
+    return shadow_of(base, adapter, target=target, fast=fast, attention=attention, packed=packed)
 
 
 def shadow_of(
@@ -135,6 +139,7 @@ def shadow_of(
     target: str = "cpu",
     fast: bool = False,
     attention: str | None = None,
+    packed: bool = False,
 ) -> Shadow:
     """Makes a shadow of a model on the meta device; the model is used up.
 
@@ -144,9 +149,13 @@ def shadow_of(
         target: Likewise.
         fast: Likewise.
         attention: Likewise.
+        packed: Likewise.
     """
     if attention is not None:
         base.set_attn_implementation(attention)
+    if packed and packing_of(base, target) == "documents":
+        documents.register()
+        base.set_attn_implementation(documents.NAME)
     base.config.use_cache = False
     stands_for = _thin_out(base)
     device = "cpu"
@@ -168,6 +177,18 @@ def shadow_of(
         if fast:
             made.groups = _groups(made, adapted)
     return made
+
+
+def packing_of(base: Any, target: str) -> str:
+    """Returns how documents of a row are kept apart: `documents`, `mask` or `kernel`.
+
+    `kernel`: by an attention kernel that needs no mask and keeps what a plain one keeps.
+    """
+    family = family_of(base.config)
+    plain = base.config._attn_implementation in ("sdpa", documents.NAME)
+    if family is not None and family.packing == "documents" and plain:
+        return "documents" if target == "cpu" else "kernel"
+    return "mask"
 
 
 def _thin_out(base: nn.Module) -> list[int]:
