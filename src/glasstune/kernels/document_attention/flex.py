@@ -126,8 +126,8 @@ def flex_document_attention(
     Returns:
         [R, L, H, D] in v's dtype.
     """
-    inside = torch.compiler.is_compiling() or q_RHLD.device.type == "cpu"
-    attend = _attend if inside else _compiled()
+    inside = torch.compiler.is_compiling()
+    attend = _attend if inside else _compiled(q_RHLD.device.type == "cuda")
     # Rotary tables in float32 leave q and k wider than v under autocast.
     q_RHLD, k_RGLD = q_RHLD.to(v_RGLD.dtype), k_RGLD.to(v_RGLD.dtype)
     out_RHLD: Tensor = attend(q_RHLD, k_RGLD, v_RGLD, blocks, scale, softcap, slopes_H)
@@ -191,12 +191,25 @@ def _score_mod(softcap: float | None, slopes_H: Tensor | None) -> Callable[..., 
     return changed
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Any]:
-    """Returns `_attend` compiled by itself; other lengths of rows share one graph of any length."""
+@lru_cache(maxsize=2)
+def _compiled(fused: bool) -> Callable[..., Any]:
+    """Returns `_attend` compiled by itself; rows of other lengths share one graph of any length.
+
+    Uncompiled it is wrong, not only slow: under non-reentrant checkpointing torch 2.13 traces the
+    score changes' gradients through the checkpoint's own hooks.
+
+    Args:
+        fused: Whether to one kernel; torch has none with a backward but on a GPU.
+    """
     import torch._dynamo.config as dynamo
 
-    # With and without gradients, windows and lengths: past torch's 8 it would silently compute
-    # every score of a row.
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _RECOMPILE_LIMIT)
-    return torch.compile(_attend)
+    compiled = torch.compile(_attend, backend="inductor" if fused else "aot_eager")
+
+    def attend(*args: Any) -> Any:
+        # Scale and cap are constants of a kernel. With and without gradients, windows and lengths
+        # there are more graphs than torch's 8, past which it would compute every score of a row.
+        limit = max(dynamo.recompile_limit, _RECOMPILE_LIMIT)
+        with dynamo.patch(specialize_float=True, recompile_limit=limit):
+            return compiled(*args)
+
+    return attend
