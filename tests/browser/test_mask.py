@@ -125,6 +125,33 @@ def test_pointing_tells_id_state_and_place(page: Page, html: str) -> None:
     assert view[0] <= bar["y"] <= view[0] + view[1], "the words are in sight"
 
 
+@pytest.mark.parametrize("width", [400, 1280])
+def test_each_turn_stands_under_its_role(page: Page, html: str, width: int) -> None:
+    page.open(html, width=width)
+    page.one("#rows-unfold").click()
+    page.until("document.querySelectorAll('.row .body:not(:empty)').length === 4")
+    found = page.run(
+        "return [...document.querySelectorAll('.row')[1].querySelectorAll('.turn')].map(t => "
+        "[t.querySelector('h5 b').textContent, [...t.querySelectorAll('.tokens .t')].map("
+        "each => each.textContent).join('')])"
+    )
+    row = real()[1][0]
+    wanted = [turn for document in row["documents"] for turn in document["turns"]]
+    assert [role for role, _ in found] == [turn["role"] for turn in wanted]
+    for (role, text), turn in zip(found, wanted, strict=True):
+        assert role in ("user", "assistant")
+        assert text.replace("\u21b5\n", "\n").replace("\u00b7", " ") == "".join(
+            token["text"] for token in row["tokens"][turn["start"] : turn["end"]]
+        )
+    page.run("document.querySelectorAll('.row')[1].querySelectorAll('.turn .t')[0].focus()")
+    assert told(page).endswith("\u00b7 turn 0, user")
+    beside = page.run(
+        "const [h, p] = document.querySelector('.turn').children;"
+        "return h.getBoundingClientRect().right <= p.getBoundingClientRect().left"
+    )
+    assert beside is (width == 1280)
+
+
 def test_arrow_keys_go_from_token_to_token(page: Page, html: str) -> None:
     page.open(html)
     page.run("document.querySelector('.tokens .t').focus()")

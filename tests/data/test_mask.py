@@ -10,7 +10,7 @@ from chat_tokenizers import trained_text
 from preparing import BASE, CHATML, alpaca, prepare
 from rich.console import Console
 
-from glasstune.core.mask import ShownDocument, ShownRow, ShownToken
+from glasstune.core.mask import ShownDocument, ShownRow, ShownToken, ShownTurn
 from glasstune.data.mask import show_rows, token_texts
 from glasstune.reports.mask_text import print_rows
 
@@ -92,8 +92,9 @@ def test_printed_rows_need_no_colour() -> None:
         ShownToken("d", 5, "trained"),
         ShownToken("<s>", 1, "padding", True),
     )
+    told = (ShownTurn("user", 0, 2), ShownTurn("assistant", 2, 4))
     documents = (
-        ShownDocument("x.json:1", "x", 0, 4, 2),
+        ShownDocument("x.json:1", "x", 0, 4, 2, told),
         ShownDocument("x.json:2", "x", 4, 6, 1),
     )
     stream = io.StringIO()
@@ -101,8 +102,10 @@ def test_printed_rows_need_no_colour() -> None:
     assert stream.getvalue().splitlines() == [
         "row 7: 2 documents, 6 tokens, 3 trained",
         "  x.json:1 (x): positions 0 to 3, 2 trained",
+        "   turn 0 user",
         "    special * <s>",
         r"    context . a\n",
+        "   turn 1 assistant",
         "    trained + b│c => </s>",
         "  x.json:2 (x): positions 4 to 5, 1 trained",
         "    special * <s>",

@@ -56,7 +56,8 @@ def test_the_data_gives_every_token_of_a_real_pack_back() -> None:
     found = data_of(page)["rows"]
     assert len(found) == len(rows) == 3
     for got, row in zip(found, rows, strict=True):
-        assert got["documents"] == [dict(each) for each in row["documents"]]
+        assert got["documents"] == json.loads(json.dumps(row["documents"]))
+        assert [turn["role"] for turn in got["documents"][0]["turns"]] == ["user", "assistant"]
         assert len(got["documents"]) > 1, "the test has a pack"
         assert got["texts"] == [token["text"] for token in row["tokens"]]
         assert got["ids"] == [token["id"] for token in row["tokens"]]

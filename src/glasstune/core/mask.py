@@ -33,6 +33,23 @@ class ShownToken:
 
 
 @dataclass(frozen=True, slots=True)
+class ShownTurn:
+    """One turn of a conversation, with what the template writes around its text.
+
+    Args:
+        role: Who speaks: `system` (with a remark where the template adds it), `user`, `assistant`
+            or `tool`; of a prompt and its completion these words; `unknown` where the turns cannot
+            be told apart.
+        start: Its first position in the row.
+        end: Behind its last position.
+    """
+
+    role: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShownDocument:
     """One document of a row.
 
@@ -42,6 +59,7 @@ class ShownDocument:
         start: Its first position.
         end: Behind its last position.
         trained: Positions in state `trained`.
+        turns: Its turns, one behind the other; none where it is one text.
     """
 
     origin: str
@@ -49,6 +67,7 @@ class ShownDocument:
     start: int
     end: int
     trained: int
+    turns: tuple[ShownTurn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from glasstune.core.batch import IGNORED, MicroBatch
-from glasstune.core.mask import ShownDocument, ShownRow, ShownToken, State
+from glasstune.core.mask import ShownDocument, ShownRow, ShownToken, ShownTurn, State
+from glasstune.data.formats import Example
 from glasstune.data.prepare import PreparedData
 from glasstune.data.tokenizer import pad_id
+from glasstune.data.turns import examples_of, turns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,16 +31,20 @@ def show_rows(prepared: PreparedData, count: int) -> list[ShownRow]:
     """
     data, tokenizer = prepared.train, prepared.template.tokenizer
     order = data.order(prepared.seed, 0)[:count].tolist()
-    shown: list[ShownRow] = []
-    for row in order:
-        batch = data.micro_batch([row], 0, pad_id(tokenizer))
-        shown.append(_row(row, batch, tokenizer, prepared.sources))
-    return shown
+    batches = [data.micro_batch([row], 0, pad_id(tokenizer)) for row in order]
+    documents = [document for batch in batches for document in batch.documents]
+    examples = examples_of(prepared.opened, prepared.template, documents)
+    return [_row(row, batch, prepared, examples) for row, batch in zip(order, batches, strict=True)]
 
 
 def _row(
-    number: int, batch: MicroBatch, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str]
+    number: int,
+    batch: MicroBatch,
+    prepared: PreparedData,
+    examples: Mapping[tuple[int, str], Example],
 ) -> ShownRow:
+    template, sources = prepared.template, prepared.sources
+    tokenizer = template.tokenizer
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ids = batch.input_ids[0].tolist()
     # The target at a position is what it must predict: the label of the next one.
@@ -58,7 +64,10 @@ def _row(
             tokens.append(ShownToken(text, ids[k], state, ids[k] in special, instead))
         trained = states.count("trained")
         name = sources[document.source]
-        documents.append(ShownDocument(document.origin, name, start, end, trained))
+        example = examples.get((document.source, document.origin))
+        turns = turns_of(template, example, document, texts, special)
+        moved = tuple(ShownTurn(each.role, start + each.start, start + each.end) for each in turns)
+        documents.append(ShownDocument(document.origin, name, start, end, trained, moved))
         assert set(owner[start:end]) == {index}
         start = end
     padding = [

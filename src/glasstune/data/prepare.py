@@ -16,7 +16,7 @@ from glasstune.core.facts import ModelFacts
 from glasstune.core.findings import Finding
 from glasstune.core.protocols import Progress
 from glasstune.core.records import DataRecord
-from glasstune.data.choose import choose_settings, choose_template, open_source
+from glasstune.data.choose import OpenSource, choose_settings, choose_template, open_source
 from glasstune.data.documents import Store, StoredDocuments
 from glasstune.data.judge import Repeats, judge_template
 from glasstune.data.ledger import Ledger, Totals
@@ -55,6 +55,7 @@ class PreparedData:
         template: The chat template.
         config: The config with the values that were used where it left them open.
         seed: Seed of the order of rows.
+        opened: The sources, in the order of their names.
     """
 
     train: PackedSet
@@ -66,6 +67,7 @@ class PreparedData:
     template: ChatTemplate
     config: DataConfig
     seed: int = 0
+    opened: tuple[OpenSource, ...] = ()
 
 
 def prepare_data(
@@ -156,6 +158,7 @@ def prepare_data(
         template=template,
         config=config,
         seed=seed,
+        opened=tuple(opened),
     )
 
 

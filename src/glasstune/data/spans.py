@@ -235,6 +235,48 @@ class _Marked:
         return at + len(after)
 
 
+def text_places(
+    render: Render, messages: Sequence[Message], tools: Tools
+) -> tuple[str, list[tuple[int, int] | None]]:
+    """Renders a conversation and finds the texts of all its turns, to show them.
+
+    Args:
+        render: The template.
+        messages: A conversation.
+        tools: The functions it may call.
+
+    Returns:
+        The rendering, and per turn the characters of its text, [start, end): of a call those of
+        the function's name; None where the template leaves the turn out or its text is changed.
+
+    Raises:
+        RowError: The template refuses it.
+    """
+    text = render(messages, tools, False)
+    plane = next((p for p, pattern in _PLANES if not pattern.search(text)), None)
+    if plane is None:
+        return text, [None] * len(messages)
+    marked = _Marked(messages, plane, False)
+    whole = render(marked.messages, tools, False)
+    if marked.clean(whole) != text:
+        return text, [None] * len(messages)
+    marks = [match.start() for match in marked.pattern.finditer(whole)]
+
+    def place(turn: int, kind: int) -> int | None:
+        mark = marked.mark(turn, kind)
+        at = whole.index(mark) if whole.count(mark) == 1 else None
+        return None if at is None else at - bisect_left(marks, at)
+
+    found: list[tuple[int, int] | None] = []
+    for turn in range(len(messages)):
+        start, end, call = (place(turn, kind) for kind in (_OPEN, _CLOSE, _CALL))
+        if start is not None and end is not None:
+            found.append((start, end))
+        else:
+            found.append(None if call is None else (call, call))
+    return text, found
+
+
 class _Locator:
     """Finds the assistant turns in `whole`, a marked rendering."""
 

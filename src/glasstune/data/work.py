@@ -141,7 +141,7 @@ class Worker:
     def _examples(
         self, shape: Shape, rows: Sequence[RawRow | BadRow], tally: Tally
     ) -> Iterator[Example]:
-        join: InputJoin = "alpaca" if self.task.template.name == "alpaca" else "blank_line"
+        join = input_join(self.task.template)
         for row in rows:
             if isinstance(row, BadRow):
                 tally.bad_row(row.origin, RowError(row.code, row.message))
@@ -246,6 +246,11 @@ class Worker:
                 "store it as text or as a number",
             )
         return kept
+
+
+def input_join(template: ChatTemplate) -> InputJoin:
+    """Returns how an alpaca row's input is put after its instruction."""
+    return "alpaca" if template.name == "alpaca" else "blank_line"
 
 
 def _int32(values: list[int]) -> IntArray:

@@ -157,7 +157,8 @@ def _data(row: Json) -> dict[str, Any]:
     tokens = row["tokens"]
     return {
         "row": row["row"],
-        "documents": [dict(document) for document in row["documents"]],
+        # Records of before have no turns.
+        "documents": [{"turns": [], **document} for document in row["documents"]],
         "texts": [token["text"] for token in tokens],
         "ids": [token["id"] for token in tokens],
         "states": "".join(LETTERS[token["state"]] for token in tokens),

@@ -22,7 +22,7 @@ _ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\"}
 
 
 def print_rows(rows: Iterable[ShownRow], console: Console) -> None:
-    """Prints rows, one line for each run of tokens in the same state.
+    """Prints rows turn by turn, one line for each run of tokens in the same state.
 
     Tokens are parted by bars, and line breaks are written as a backslash and n. A token that is
     trained as another one (Baichuan2's rule) is followed by `=>` and that token.
@@ -51,8 +51,15 @@ def _document(console: Console, tokens: Sequence[ShownToken], document: ShownDoc
     place = f"{document.origin} ({document.source})"
     size = f"positions {document.start:,} to {document.end - 1:,}, {document.trained:,} trained"
     _say(console, Text(f"  {place}: {size}"))
-    own = tokens[document.start : document.end]
-    for state, run in groupby(own, key=lambda token: token.state):
+    if not document.turns:
+        _tokens(console, tokens[document.start : document.end])
+    for number, turn in enumerate(document.turns):
+        _say(console, Text(f"   turn {number} {turn.role}"))
+        _tokens(console, tokens[turn.start : turn.end])
+
+
+def _tokens(console: Console, tokens: Sequence[ShownToken]) -> None:
+    for state, run in groupby(tokens, key=lambda token: token.state):
         line = Text(f"    {state:>7} {MARKS[state]} ")
         for number, token in enumerate(run):
             if number:

@@ -75,7 +75,9 @@
     ];
     if (row.instead[at] !== undefined) parts.push(`trained here: ${quoted(row.instead[at])}`);
     parts.push(where);
-    if (number >= 0) parts.push(`document ${number + 1}, its token ${commas(at - row.documents[number].start)}`);
+    if (number >= 0) {
+      parts.push(`document ${number + 1}, its token ${commas(at - row.documents[number].start)}`, ...turnAt(row.documents[number], at));
+    }
     return parts.join(" · ");
   }
 
@@ -117,9 +119,22 @@
       el("b", {}, `Document ${index + 1}`), el("code", {}, each.origin || "no origin"), el("span", {}, each.source),
       el("span", {}, `positions ${commas(each.start)} to ${commas(each.end - 1)}`),
       el("span", {}, `${commas(each.end - each.start)} tokens, ${commas(each.trained)} trained`));
-    return el("section", { class: "doc" }, title,
-      el("p", { class: "tokens", role: "group", "aria-label": `Tokens of document ${index + 1}; arrow keys go from one to the next` },
-        tokens(row, each.start, each.end)));
+    const keys = "arrow keys go from one to the next";
+    if (!each.turns.length) {
+      return el("section", { class: "doc" }, title,
+        el("p", { class: "tokens", role: "group", "aria-label": `Tokens of document ${index + 1}; ${keys}` },
+          tokens(row, each.start, each.end)));
+    }
+    return el("section", { class: "doc" }, title, each.turns.map((turn, number) => el("div", { class: "turn" },
+      el("h5", {}, el("small", {}, `turn ${number}`), " ", el("b", {}, turn.role)),
+      el("p", { class: "tokens", role: "group", "aria-label": `Tokens of document ${index + 1}, turn ${number}, ${turn.role}; ${keys}` },
+        tokens(row, turn.start, turn.end)))));
+  }
+
+  /* The turn that a position belongs to, for the words about a token. */
+  function turnAt(each, at) {
+    const number = each.turns.findIndex((turn) => at >= turn.start && at < turn.end);
+    return number < 0 ? [] : [`turn ${number}, ${each.turns[number].role}`];
   }
 
   function draw(box) {
