@@ -143,7 +143,8 @@ def test_packed_equals_separate_forward_and_backward(family):
     changed = [[new[0], *row[1:]] for new, row in zip(make_documents(2), rows, strict=True)]
     with torch.no_grad():
         before, after = packed_logits(model, rows), packed_logits(model, changed)
-    assert torch.equal(after[1], before[1]) and torch.equal(after[3], before[3])
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(after[3], before[3])
     assert float((after[0] - before[0]).abs().max()) > 0.1
 
     # Calls that are not packed are what they were.
@@ -299,7 +300,8 @@ def test_bloom_unpacked_equals_transformers(monkeypatch):
     model = make("bloom")
     logits, wanted = bloom_calls(model, masks)
     words = install_attention(model)
-    assert words is not None and "ALiBi" in words
+    assert words is not None
+    assert "ALiBi" in words
     found: list[Any] = []
     assert used(monkeypatch, lambda: found.extend(bloom_calls(model, masks))) == 6
     assert_close(found[0], logits, 2e-5)
