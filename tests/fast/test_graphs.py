@@ -98,3 +98,19 @@ def test_another_shape_is_refused() -> None:
     assert not graphed.fits([batch(1)[:, :64]])
     with pytest.raises(ValueError, match="another shape"):
         graphed(batch(1)[:1])
+
+
+def test_a_forward_has_one_backward() -> None:
+    from glasstune.fast.graphs import GraphedForward
+
+    _, trained, run = model_and_run()
+    step(run, trained, (7,))
+    graphed = GraphedForward(run, [batch(0)], trained)
+    loss = graphed(batch(1)).float().square().mean()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="activations are gone"):
+        loss.backward()
+    early = graphed(batch(1)).float().square().mean()
+    graphed(batch(2))
+    with pytest.raises(RuntimeError, match="activations are gone"):
+        early.backward()

@@ -43,6 +43,7 @@ class GraphedForward:
     ) -> None:
         self.inputs = [tensor.clone() for tensor in example]
         self.parameters = list(parameters)
+        self.runs = 0  # of either graph; each forward has one backward, which uses up its memory
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -69,7 +70,7 @@ class GraphedForward:
         )
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Runs it; the result is overwritten by the next call, so take its backward before.
+        """Runs it; the next call overwrites the result, so take its one backward before.
 
         Raises:
             ValueError: The inputs are not those it was captured for.
@@ -91,14 +92,18 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, graphed: GraphedForward, *parameters: Tensor) -> Tensor:
+        graphed.runs += 1
         graphed.forward.replay()
-        ctx.graphed = graphed
+        ctx.graphed, ctx.run = graphed, graphed.runs
         return graphed.out.view_as(graphed.out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         graphed: GraphedForward = ctx.graphed
+        if ctx.run != graphed.runs:
+            raise RuntimeError("this forward was replayed again: its activations are gone")
+        graphed.runs += 1
         graphed.grad_out.copy_(grad_out)
         graphed.backward.replay()
         # Copies: `.grad` keeps what it is given, and the next replay writes into the originals.
