@@ -75,8 +75,6 @@ def test_what_is_not_built_says_so(name, capsys):
     "words",
     [
         ["train", "c.yaml", "--nproc", "2"],
-        ["evaluate", "m", "--data", "d", "--generate"],
-        ["evaluate", "m", "--data", "d", "--compare", "base"],
     ],
 )
 def test_options_that_are_not_built_say_so(words, capsys):

@@ -18,7 +18,6 @@ from glasstune.cli.common import (
     NoAdapterOption,
     TrustOption,
     emit,
-    not_built,
     progress,
     set_options,
     show,
@@ -121,34 +120,38 @@ def evaluate(
         str | None, typer.Option(metavar="NAME", help="Shape of the rows; auto by default.")
     ] = None,
     generate: Annotated[
-        bool, typer.Option("--generate", help="Judge generated answers (not built yet).")
+        bool, typer.Option("--generate", help="Generate answers and judge them, too.")
     ] = False,
     metric: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="exact_match, contains, json_valid or FILE.py:fn (not built yet)."
+            metavar="NAME",
+            help="exact_match, contains, json_valid or FILE.py:fn; several with commas.",
         ),
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(metavar="base", help="Compare with the base (not built yet).")
+        str | None, typer.Option(metavar="base", help="Measure the base alone as well.")
     ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="G.jsonl", help="Where the generated answers go.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Longest generated answer in tokens.")
+    ] = 256,
     json: JsonOption = None,
 ) -> None:
-    """Measure loss, perplexity and token accuracy on rows of a file."""
-    if generate or metric is not None or compare is not None:
-        not_built(
-            "judging generated answers (--generate, --metric, --compare)",
-            "leave them out: loss, perplexity and token accuracy are measured; --no-adapter "
-            "measures the base",
-        )
+    """Measure loss and token accuracy on rows of a file, and judge generated answers."""
     from glasstune.workflows.evaluate import evaluate as workflow
 
     options = set_options(
         checkpoint=checkpoint, no_adapter=no_adapter, bits=bits, dtype=dtype, device=device,
         trust_remote_code=trust_remote_code, max_length=max_length, chat_template=chat_template,
-        format=format,
+        format=format, generate=generate, metric=metric, compare=compare, output=output,
     )  # fmt: skip
-    record = workflow(run_or_model, data, batch_size=batch_size, progress=progress(), **options)
+    record = workflow(
+        run_or_model, data, batch_size=batch_size, max_new_tokens=max_new_tokens,
+        progress=progress(), **options,
+    )  # fmt: skip
     show("evaluate", record.to_dict(), json)
 
 

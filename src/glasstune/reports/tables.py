@@ -143,8 +143,13 @@ def _evaluate(record: Json, console: Console) -> None:
         ("token accuracy", f"{record['token_accuracy']:.2%}"),
         ("tokens", f"{record['tokens']:,}"),
     ]
-    rows += [(f"{name}", _show(value)) for name, value in record["metrics"].items()]
-    _pairs(console, rows)
+    metrics = record["metrics"]
+    if not metrics:
+        _pairs(console, rows)
+    else:
+        _pairs(console, rows[-1:])
+        names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+        _table(console, "model", names, metrics)
     if len(record["by_source"]) > 1:
         values = record["by_source"].values()
         names = list(dict.fromkeys(name for item in values for name in item))

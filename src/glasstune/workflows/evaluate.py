@@ -1,11 +1,12 @@
-"""`glasstune evaluate`: a model and a file in, loss, perplexity and token accuracy out."""
+"""`glasstune evaluate`: a model and a file in, loss, accuracy and judged answers out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glasstune.core.choices import Choices
 from glasstune.core.config import DataConfig, SourceConfig
@@ -13,7 +14,12 @@ from glasstune.core.errors import InputError
 from glasstune.core.protocols import Progress
 from glasstune.core.records import EvaluateRecord
 from glasstune.data.write import write_rows
+from glasstune.workflows.generate import check_output
+from glasstune.workflows.judging import judge, measure_losses, prepare_rows
 from glasstune.workflows.open_model import OpenModel, open_model, say_warnings
+
+if TYPE_CHECKING:
+    from glasstune.generation.metrics import Metric
 
 
 def evaluate(
@@ -24,6 +30,11 @@ def evaluate(
     no_adapter: bool = False,
     bits: int | None = None,
     batch_size: int = 8,
+    generate: bool = False,
+    metric: str | None = None,
+    compare: str | None = None,
+    output: str | Path | None = None,
+    max_new_tokens: int = 256,
     progress: Progress | None = None,
     **overrides: Any,
 ) -> EvaluateRecord:
@@ -36,6 +47,12 @@ def evaluate(
         no_adapter: Measures the base alone, with the run's template and precision.
         bits: Precision of the base; None = the run's, or 16.
         batch_size: Rows in one forward; the numbers do not depend on it.
+        generate: Whether answers are generated (most likely token each time) and judged too.
+        metric: How: `exact_match` (the default), `contains`, `json_valid` or `FILE.py:function`;
+            several with commas.
+        compare: `base` measures the model without its adapter as well.
+        output: JSON lines file for the answers, one row each.
+        max_new_tokens: Longest answer in tokens.
         progress: Bars and log.
         **overrides: `dtype`, `device`, `trust_remote_code` of the model; `max_length`,
             `chat_template` and `format` of the data.
@@ -44,28 +61,55 @@ def evaluate(
         The record. Losses are sums over trained tokens divided by their number, in nats.
 
     Raises:
-        InputError: Model or data are wrong, or no row has a token to measure.
+        InputError: Model, data or options are wrong, or no row has a token to measure.
     """
-    if batch_size < 1:
-        raise InputError(
-            "bad_option", f"batch_size is {batch_size}", where="--batch-size", fix="use 1 or more"
+    ask = Asked(generate, metric, compare, None if output is None else Path(output))
+    ask.check(data, no_adapter)
+    if batch_size < 1 or max_new_tokens < 1:
+        name, value = (
+            ("batch-size", batch_size) if batch_size < 1 else ("max-new-tokens", max_new_tokens)
         )
+        raise InputError(
+            "bad_option", f"{name.replace('-', '_')} is {value}", where=f"--{name}",
+            fix="use 1 or more",
+        )  # fmt: skip
     if not isinstance(data, str):
         with TemporaryDirectory() as folder:
             file = write_rows(data, Path(folder) / "rows.jsonl")
             return evaluate(
                 run_or_model, str(file), checkpoint=checkpoint, no_adapter=no_adapter, bits=bits,
-                batch_size=batch_size, progress=progress, **overrides,
+                batch_size=batch_size, generate=generate, metric=metric, compare=compare,
+                output=output, max_new_tokens=max_new_tokens, progress=progress, **overrides,
             )  # fmt: skip
     mine = {key: overrides.pop(key, None) for key in ("max_length", "chat_template", "format")}
     choices = Choices()
-    opened = open_model(
-        run_or_model, checkpoint=checkpoint, no_adapter=no_adapter, choices=choices, bits=bits,
-        **overrides,
-    )  # fmt: skip
+
+    def opening(without: bool) -> OpenModel:
+        return open_model(
+            run_or_model, checkpoint=checkpoint, no_adapter=without, choices=choices, bits=bits,
+            **overrides,
+        )  # fmt: skip
+
+    metrics = ask.metrics()  # a wrong name must not cost the load
+    opened = opening(no_adapter)
+    has_adapter = opened.location.adapter is not None and not no_adapter
+    if compare is not None and not has_adapter:
+        raise InputError(
+            "nothing_to_compare",
+            "there is no adapter, so base and model are the same",
+            where="--compare",
+            fix="name a run or an adapter, or leave --compare out",
+        )
     say_warnings(opened, progress)
     config = data_config(opened, data, **mine)
-    return evaluate_opened(opened, config, batch_size=batch_size, progress=progress)
+    if not generate and compare is None:
+        return evaluate_opened(opened, config, batch_size=batch_size, progress=progress)
+    return judge(
+        opened, prepare_rows(opened, config, progress), metrics,
+        tuned=has_adapter, generate=generate, output=ask.output,
+        base=None if compare is None else lambda: opening(True),
+        batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress,
+    )  # fmt: skip
 
 
 def evaluate_opened(
@@ -76,41 +120,55 @@ def evaluate_opened(
     progress: Progress | None,
 ) -> EvaluateRecord:
     """`evaluate` for a model that is open already."""
-    from glasstune.data.loader import evaluation_batches
-    from glasstune.data.prepare import prepare_data
-    from glasstune.data.tokenizer import pad_id
-    from glasstune.generation import evaluate_rows
-    from glasstune.kernels.linear_cross_entropy import token_losses
+    prepared = prepare_rows(opened, config, progress)
+    return measure_losses(opened, prepared, batch_size, progress)
 
-    prepared = prepare_data(
-        config, opened.tokenizer, opened.facts, seed=0, choices=opened.choices, progress=progress
-    )
-    if progress is not None:
-        for finding in prepared.record.findings:
-            progress.say(f"{finding.severity}: {finding.where}: {finding.message}")
-        lost = {reason: count for reason, count in prepared.record.dropped.items() if count}
-        if lost:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in lost.items())
-            progress.say(f"warning: rows left out of the measurement: {reasons}")
-    sums = evaluate_rows(
-        opened.model,
-        evaluation_batches(prepared.train, batch_size, pad_id(opened.tokenizer)),
-        split=opened.split,
-        token_losses=token_losses,
-        vocabulary=opened.vocabulary,
-        device=opened.device,
-        precision=opened.precision,
-        progress=progress,
-        rows=prepared.train.rows,
-    )
-    if sums.tokens == 0:
-        raise InputError(
-            "nothing_to_measure",
-            "no row has a token whose prediction counts",
-            where=config.sources[0].path,
-            fix="give rows with answers that fit max_length",
-        )
-    return sums.to_record(prepared.sources)
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked for beside the loss; see `evaluate`."""
+
+    generate: bool
+    metric: str | None
+    compare: str | None
+    output: Path | None
+
+    def check(self, data: str | Sequence[Mapping[str, Any]], no_adapter: bool) -> None:
+        """Refuses what does not go together, before anything is loaded.
+
+        Raises:
+            InputError: Names the option.
+        """
+        for name, value in (("--metric", self.metric), ("--output", self.output)):
+            if value is not None and not self.generate:
+                raise InputError(
+                    "needs_generate",
+                    f"{name} is about generated answers, and none are asked for",
+                    where=name,
+                    fix="add --generate",
+                )
+        if self.compare not in (None, "base"):
+            raise InputError(
+                "bad_compare",
+                f"{self.compare!r} is nothing to compare with",
+                where="--compare",
+                fix="use --compare base: the same model without its adapter",
+            )
+        if self.compare is not None and no_adapter:
+            raise InputError(
+                "nothing_to_compare",
+                "--no-adapter measures the base alone",
+                where="--compare",
+                fix="leave one of them out",
+            )
+        if self.output is not None:
+            check_output(self.output, Path(data) if isinstance(data, str) else None)
+
+    def metrics(self) -> dict[str, Metric]:
+        """Returns the metrics that judge answers; none without `generate`."""
+        from glasstune.generation.metrics import load_metrics
+
+        return load_metrics(self.metric or "exact_match") if self.generate else {}
 
 
 def data_config(

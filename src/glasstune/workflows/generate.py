@@ -144,19 +144,7 @@ def generate_file(
     Raises:
         InputError: A row has neither key, or the output cannot be written there.
     """
-    if output.resolve() == input.resolve():
-        raise InputError(
-            "same_file", "input and output are one file", where=str(output), fix="name another"
-        )
-    if not output.parent.is_dir():
-        raise InputError(
-            "no_folder", "its folder does not exist", where=str(output), fix="make it first"
-        )
-    if output.suffix.lower() in (".csv", ".tsv", ".parquet"):
-        raise InputError(
-            "output_format", "answers are written as JSON lines", where=str(output),
-            fix=f"name it {output.with_suffix('.jsonl').name}",
-        )  # fmt: skip
+    check_output(output, input)
     rows = read_prompts(input)
     answers = generate(run_or_model, rows, progress=progress, **options)
     lines = [
@@ -164,6 +152,33 @@ def generate_file(
     ]
     write_text_atomic(output, "".join(f"{line}\n" for line in lines))
     return {"rows": len(rows), "output": str(output)}
+
+
+def check_output(output: Path, input: Path | None) -> None:
+    """Refuses a place for answers before anything is loaded.
+
+    Args:
+        output: Where they go.
+        input: Where the questions come from.
+
+    Raises:
+        InputError: Both are one file, its folder does not exist, or its name says another format.
+    """
+    if input is not None and output.resolve() == input.resolve():
+        raise InputError(
+            "same_file", "input and output are one file", where=str(output), fix="name another"
+        )
+    if not output.parent.is_dir():
+        raise InputError(
+            "no_folder", "its folder does not exist", where=str(output), fix="make it first"
+        )
+    if output.is_dir():
+        raise InputError("is_folder", "it is a folder", where=str(output), fix="name a file")
+    if output.suffix.lower() in (".csv", ".tsv", ".parquet"):
+        raise InputError(
+            "output_format", "answers are written as JSON lines", where=str(output),
+            fix=f"name it {output.with_suffix('.jsonl').name}",
+        )  # fmt: skip
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
