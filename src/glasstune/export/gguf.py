@@ -9,6 +9,7 @@ Shape letters: R rows, C columns, H heads, d width of a head.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ from glasstune.export.gguf_model import (
 )
 from glasstune.export.gguf_vocab import Vocabulary, add_vocabulary, gguf_vocabulary
 from glasstune.export.modelfile import write_modelfile
-from glasstune.generation.tokenizer_facts import tokenizer_facts
+from glasstune.generation.tokenizer_facts import TokenizerFacts, tokenizer_facts
 from glasstune.models.resolve import resolve_model
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ _FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.
 _PIECE = 32 * 1024 * 1024
 """Values read at a time: 128 MiB in float32."""
 _BLOCK = 32
+_HALF_WRITTEN = re.compile(r"^\.(.+)\.[^.]+$")
 
 
 def write_gguf(
@@ -61,7 +63,8 @@ def write_gguf(
         folder: A finished model: config, safetensors, tokenizer. Nothing of it is changed.
         kinds: Of `KINDS`; each gives `model-KIND.gguf`.
         progress: Shows bytes read, and says what readers will do otherwise than transformers.
-        name: The model's name in the file; the folder's by default.
+        name: The model's name in the file; the folder's by default, `out` for `.out.merge-x1`,
+            as a folder is named that is still being written.
 
     Returns:
         The GGUF files, in the order of `kinds`. Each is whole or absent.
@@ -71,19 +74,14 @@ def write_gguf(
             written.
         RunError: `disk_full`.
     """
-    check_kinds(kinds)
-    config = resolve_model(str(folder)).config
-    arch = architecture(config, str(folder))
+    config, arch, facts, vocabulary = check_gguf(folder, kinds)
     plan = plan_tensors(folder, config, arch)
-    facts = tokenizer_facts(folder)
-    vocabulary = gguf_vocabulary(facts, int(config.vocab_size))
+    name = name or _HALF_WRITTEN.sub(r"\1", folder.name)
     notes: list[str] = list(vocabulary.notes)
     written: list[Path] = []
     for kind in dict.fromkeys(kinds):
         path = folder / f"model-{kind}.gguf"
-        found = _write_one(
-            path, kind, config, arch, plan, vocabulary, name or folder.name, progress
-        )
+        found = _write_one(path, kind, config, arch, plan, vocabulary, name, progress)
         notes += [note for note in found if note not in notes]
         written.append(path)
     notes += write_modelfile(folder, written[0].name, facts)
@@ -93,11 +91,18 @@ def write_gguf(
     return written
 
 
-def check_kinds(kinds: Sequence[str]) -> None:
-    """Refuses a kind that is not written.
+def check_gguf(
+    folder: Path, kinds: Sequence[str]
+) -> tuple[Any, gguf.MODEL_ARCH, TokenizerFacts, Vocabulary]:
+    """Refuses what has no GGUF form, from config and tokenizer alone: no weight is read.
+
+    So a merge can ask before it starts, with the base's folder.
+
+    Returns:
+        Config, architecture, tokenizer and vocabulary, for `write_gguf`.
 
     Raises:
-        InputError: `bad_gguf_kind`.
+        InputError: As `write_gguf`, but for its tensors.
     """
     wrong = [kind for kind in kinds if kind not in KINDS]
     if wrong or not kinds:
@@ -107,6 +112,10 @@ def check_kinds(kinds: Sequence[str]) -> None:
             where="--gguf",
             fix="use f16, q8_0 or both; llama-quantize makes smaller ones from the f16 file",
         )
+    config = resolve_model(str(folder)).config
+    arch = architecture(config, str(folder))
+    facts = tokenizer_facts(folder)
+    return config, arch, facts, gguf_vocabulary(facts, int(config.vocab_size))
 
 
 def _write_one(
