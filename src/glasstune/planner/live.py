@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 from glasstune.models.families import documents
 from glasstune.planner.shadow import Shadow
@@ -46,6 +47,17 @@ def attention_workspace(name: str, inputs: Sequence[Any]) -> int:
     return 4 * q.numel() + shared
 
 
+def _attention_flops(name: str, inputs: Sequence[Any]) -> int:
+    """Operations of an attention kernel that torch does not count (its CPU's)."""
+    tensors = [value for value in inputs if isinstance(value, Tensor) and value.dim() == 4]
+    if len(tensors) < 3:
+        return 0
+    back = "backward" in name
+    q, k = tensors[1:3] if back else tensors[:2]
+    whole = 4 * q.numel() * k.shape[2]
+    return whole * 5 // 2 if back else whole
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of living storages that were made inside.
 
@@ -57,6 +69,7 @@ class LiveBytes(TorchDispatchMode):
         now: Bytes that live.
         peak: The most that lived since `restart`.
         most: The most that ever lived.
+        flops: Floating point operations of products and attention so far.
         then: Called once, before the next operation.
     """
 
@@ -67,6 +80,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self.most = 0
         self.round_to = round_to
+        self.flops = 0
         self.then: Callable[[], None] | None = None
         self._known: dict[int, Any] = {}
 
@@ -85,6 +99,11 @@ class LiveBytes(TorchDispatchMode):
         if self.cuda and (inside := attention_workspace(str(func), args)):
             self.peak = max(self.peak, self.now + inside)
             self.most = max(self.most, self.now + inside)
+        counter = flop_registry.get(getattr(func, "_overloadpacket", None))
+        if counter is not None:
+            self.flops += counter(*args, **(kwargs or {}), out_val=out)
+        elif "attention" in str(func):
+            self.flops += _attention_flops(str(func), args)
         for value in tree_iter(out):
             if isinstance(value, Tensor):
                 self._count(value)
@@ -122,12 +141,14 @@ class BlockBytes:
         backward: Most bytes above those kept by the blocks before it, while its backward runs
             (its own kept ones and gradients of its adapters included).
         gradients: Bytes of the gradients of its trained tensors.
+        flops: Floating point operations of its forward and its backward.
     """
 
     kept: int
     forward: int
     backward: int
     gradients: int
+    flops: int = 0
 
 
 @dataclass
@@ -139,12 +160,14 @@ class StepBytes:
         blocks: Of each block of the shadow.
         head_kept: Kept after the last block until the loss (final norm, chosen rows).
         head: Most bytes above those kept by the blocks, until the last block's backward begins.
+        flops: Operations outside the blocks.
     """
 
     before: int
     blocks: list[BlockBytes]
     head_kept: int
     head: int
+    flops: int = 0
 
 
 Loss = Callable[[Tensor, nn.Module], Tensor]
@@ -173,6 +196,15 @@ class Batch:
     def tokens(self) -> int:
         """Tokens, padding included."""
         return self.rows * self.length
+
+
+def with_rows(batch: Batch, rows: int) -> Batch:
+    """Returns a batch of the same length and another number of rows."""
+    trained = None if batch.trained is None else max(1, batch.trained * rows // batch.rows)
+    bounds = None
+    if batch.bounds is not None:
+        bounds = tuple(batch.bounds[index % batch.rows] for index in range(rows))
+    return Batch(rows, batch.length, trained, batch.masked, bounds)
 
 
 def trace_step(
@@ -327,6 +359,8 @@ class _Watch:
         self.starts: list[int] = []
         self.ends: list[int] = []
         self.forward: list[int] = []
+        self.flops = [0] * len(blocks)
+        self._since = 0
         self.backward: dict[int, int] = {}
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.head_kept = self.head = 0
@@ -355,6 +389,7 @@ class _Watch:
         if len(self.starts) > index:  # computed again in the backward
             return args, kwargs
         self.live.restart()
+        self._since = self.live.flops
         self.starts.append(self.live.now)
         if self.capture:
             self.calls.append((args, {**kwargs}))
@@ -364,6 +399,7 @@ class _Watch:
         if len(self.ends) > index:
             return
         self.forward.append(self.live.peak - self.starts[index])
+        self.flops[index] += self.live.flops - self._since
         self.live.restart()
         self.ends.append(self.live.now)
         # The loop over the blocks still holds this one's input until the next operation.
@@ -384,6 +420,7 @@ class _Watch:
         """The gradient has come to a block's output: the block after it is done."""
         self._close()
         self._open = index
+        self._since = self.live.flops
         self.live.restart()
 
     def _close(self) -> None:
@@ -391,6 +428,7 @@ class _Watch:
             self.head = self.live.peak - self.ends[-1]
         else:
             self.backward[self._open] = self.live.peak
+            self.flops[self._open] += self.live.flops - self._since
 
     def result(self) -> StepBytes:
         """Returns the bytes by block."""
@@ -403,10 +441,13 @@ class _Watch:
         for index in reversed(range(len(self.blocks))):
             kept = self.ends[index] - self.starts[index]
             back = self.backward.get(index, self.starts[index] + later) - self.starts[index] - later
-            found.append(BlockBytes(kept, self.forward[index], back, grads[index]))
+            found.append(
+                BlockBytes(kept, self.forward[index], back, grads[index], self.flops[index])
+            )
             later += grads[index]
         return StepBytes(
-            self.starts[0] - self.mask, found[::-1], self.head_kept + self.mask, self.head + self.mask
+            self.starts[0] - self.mask, found[::-1], self.head_kept + self.mask, self.head + self.mask,
+            self.live.flops - sum(self.flops),
         )  # fmt: skip
 
 

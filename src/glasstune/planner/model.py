@@ -113,7 +113,7 @@ class MemoryModel:
         def block(part: BlockBytes) -> BlockBytes:
             return BlockBytes(
                 grown(part.kept), grown(part.forward, fixed), grown(part.backward, fixed),
-                part.gradients,
+                part.gradients, grown(part.flops),
             )  # fmt: skip
 
         return replace(
@@ -125,6 +125,7 @@ class MemoryModel:
             head=grown(known.head),
             head_kept=grown(known.head_kept),
             evaluation=grown(known.evaluation, fixed),
+            flops=grown(known.flops),
         )
 
     def largest_expansion(self) -> int:
@@ -160,7 +161,9 @@ class MemoryModel:
                 compiled_bytes(shadow, path, call, round_to=ROUND["cuda"])
                 for path, call in zip(shadow.blocks, block_calls(shadow, batch), strict=True)
             ]
-            plains, agains = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            plain = trace_step(shadow, batch, loss)  # the same products
+            plains = [replace(a, flops=b.flops) for (a, _), b in zip(pairs, plain.blocks, strict=True)]
+            agains = [replace(a, flops=b.flops) for (_, a), b in zip(pairs, again.blocks, strict=True)]
             notes = ["each layer's compiled graphs, forward and backward, walked buffer by buffer"]
         else:
             around = trace_step(shadow, batch, loss)
@@ -176,6 +179,7 @@ class MemoryModel:
             head=around.head,
             head_kept=around.head_kept,
             evaluation=evaluation,
+            flops=around.flops,
             notes=notes,
         )
 
@@ -190,7 +194,7 @@ class MemoryModel:
             if not parameter.requires_grad:
                 continue
             size = parameter.numel() * parameter.element_size()
-            count = self._times(name)
+            count = self.times(name)
             adapters += count * size
             gradients += count * size
             optimizer += count * moment_bytes(parameter.numel(), setup.optim)
@@ -200,7 +204,7 @@ class MemoryModel:
             if group.kind == "full" and group.wide is not None:
                 kept = group.base_layout.rows * group.base_layout.width
                 extra = (group.wide.numel() - kept) * group.wide.element_size()
-                wide += self._times(group.paths[0]) * extra
+                wide += self.times(group.paths[0]) * extra
         return Static(
             base=record.total_bytes,
             wide=wide,
@@ -211,8 +215,8 @@ class MemoryModel:
             largest=largest,
         )
 
-    def _times(self, name: str) -> int:
-        """How many blocks of the real model stand behind a name of the shadow."""
+    def times(self, name: str) -> int:
+        """Returns how many blocks of the real model stand behind a name of the shadow."""
         for index, path in enumerate(self.shadow.blocks):
             if name.startswith(f"{path}."):
                 return self.shadow.stands_for.count(index)

@@ -45,6 +45,7 @@ class Activations:
         head: Most above what the blocks keep, from the last block's end to its backward.
         head_kept: Kept between the last block and the loss.
         evaluation: The most while a batch is evaluated.
+        flops: Floating point operations outside the blocks.
         notes: How the numbers were found.
     """
 
@@ -55,6 +56,7 @@ class Activations:
     head: int
     head_kept: int
     evaluation: int
+    flops: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -63,7 +65,13 @@ _IN_FLIGHT = 2
 
 
 def moments(
-    static: Static, batch: Activations, recompute: Recompute, *, context: int, workspace: int = 0
+    static: Static,
+    batch: Activations,
+    recompute: Recompute,
+    *,
+    context: int,
+    workspace: int = 0,
+    holes: float = 0.0,
 ) -> list[Moment]:
     """Returns the peak of each phase of a run.
 
@@ -73,6 +81,7 @@ def moments(
         recompute: Which blocks are computed again.
         context: What the process itself takes.
         workspace: What libraries keep on the device (products' workspaces).
+        holes: Free pieces that an allocator cannot give again, as a share of the activations.
 
     Returns:
         One entry a phase, in the order of a run.
@@ -92,7 +101,8 @@ def moments(
     run = {**stays, "optimizer": static.optimizer}
 
     def moment(phase: str, where: str, parts: dict[str, int]) -> Moment:
-        full = {**parts, "workspace": parts.get("workspace", 0) + workspace}
+        lost = round(holes * parts.get("activations", 0))
+        full = {**parts, "workspace": parts.get("workspace", 0) + workspace + lost}
         return Moment(phase, where, sum(full.values()), full)
 
     found = [
@@ -146,3 +156,11 @@ def peak(found: Sequence[Moment]) -> Moment:
 def owner(moment: Moment) -> str:
     """Returns the largest part of a moment."""
     return max(moment.parts, key=lambda name: moment.parts[name])
+
+
+def step_flops(batch: Activations, recompute: Recompute) -> int:
+    """Returns the operations of a forward and a backward, recomputation included."""
+    return batch.flops + sum(
+        (batch.again[index] if index < recompute.layers else plain).flops
+        for index, plain in enumerate(batch.plain)
+    )
