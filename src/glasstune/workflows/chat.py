@@ -167,11 +167,12 @@ class ChatSession:
             )  # fmt: skip
         if answer.text:
             self.sides[side].add(text, answer.text)
+        who = f"{side}: " if self.compare else ""
         if answer.ended == "stopped":
             return ["(stopped)"]
         if answer.ended == "length":
-            return [f"(cut at {answer.tokens:,} tokens; --max-new-tokens allows more)"]
-        return [] if answer.text else ["(an empty answer)"]
+            return [f"({who}cut at {answer.tokens:,} tokens; --max-new-tokens allows more)"]
+        return [] if answer.text else [f"({who}an empty answer)"]
 
     def command(self, name: str, rest: str) -> bool:
         """Runs a command; returns whether the chat goes on.
@@ -318,8 +319,8 @@ def chat(
         InputError: Model or options are wrong; without `interactive` also any input.
     """
     opened = open_model(
-        run_or_model, checkpoint=checkpoint, no_adapter=no_adapter, choices=Choices(), bits=bits,
-        **overrides,
+        run_or_model, checkpoint=checkpoint, no_adapter=no_adapter, packs=False, choices=Choices(),
+        bits=bits, **overrides,
     )  # fmt: skip
     say_warnings(opened, progress)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}

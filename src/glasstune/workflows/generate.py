@@ -59,8 +59,8 @@ def generate(
     """
     conversations = [_conversation(prompt, system, index) for index, prompt in enumerate(prompts)]
     opened = open_model(
-        run_or_model, checkpoint=checkpoint, no_adapter=no_adapter, choices=Choices(), bits=bits,
-        **overrides,
+        run_or_model, checkpoint=checkpoint, no_adapter=no_adapter, packs=False, choices=Choices(),
+        bits=bits, **overrides,
     )  # fmt: skip
     say_warnings(opened, progress)
     return generate_opened(

@@ -112,6 +112,7 @@ def open_model(
     *,
     checkpoint: str | None = None,
     no_adapter: bool = False,
+    packs: bool = True,
     choices: Choices | None = None,
     **overrides: Any,
 ) -> OpenModel:
@@ -121,6 +122,8 @@ def open_model(
         target: As in `locate`.
         checkpoint: As in `locate`.
         no_adapter: Leaves the adapter out: the base as the run used it.
+        packs: Whether rows may hold several documents. Without, a GPU need not compile the
+            attention that keeps them apart.
         choices: Where decisions are noted.
         **overrides: Keys of the `model` section that are not None replace the run's: `bits`,
             `dtype`, `device`, `trust_remote_code`.
@@ -151,7 +154,7 @@ def open_model(
     tokenizer, template = _tokenizer(location, resolved.folder_or_id, choices)
     facts = model_facts(resolved.config)
     base = load_base(config, resolved, choices=choices)
-    if facts.can_pack:
+    if facts.can_pack and packs:
         install_packing(base)
     split = split_head(base)  # before adapters: its probe runs outside autocast
     dtype = autocast_dtype(base)

@@ -97,7 +97,7 @@ def document_blocks(document_RL: Tensor, window: int | None = None) -> Blocks:
     indices = dense.argsort(dim=-1, descending=True, stable=True).int()[:, :, None]
     # Clones: a view at an odd address would be copied again by each compiled block.
     parts = [part[kind].clone() for kind in range(4) for part in (counts, indices)]
-    return Blocks(document_RL, *parts, window)
+    return Blocks._make([document_RL, *parts, window])
 
 
 def flex_document_attention(

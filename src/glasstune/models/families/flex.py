@@ -161,7 +161,7 @@ def flex_attention_forward(
             raise ValueError(f"packed rows need {BLOCKS_KEYWORD}= in the model's forward")
         attend: Any = sdpa_attention_forward
         if softcap is not None:
-            attend = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+            attend = sys.modules[type(module).__module__].eager_attention_forward
             kwargs["softcap"] = softcap
         plain: tuple[Tensor, Tensor | None] = attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -174,15 +174,13 @@ def flex_attention_forward(
     narrow = sliding_window is not None and sliding_window < length
     blocks = document_blocks[1 if narrow else 0]
     if blocks is None and not narrow and softcap is None:
-        return sdpa_attention_forward(
+        causal: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True
         )
+        return causal
     if blocks is None or blocks.window != (sliding_window if narrow else None):
         raise ValueError(f"no blocks for a window of {sliding_window} and a soft cap of {softcap}")
     if dropout > 0:
         raise ValueError("flex_attention_forward has no dropout")
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    return (
-        flex_document_attention(query, key, value, blocks, scale=scale, softcap=softcap),
-        None,
-    )
+    return flex_document_attention(query, key, value, blocks, scale=scale, softcap=softcap), None

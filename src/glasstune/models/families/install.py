@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from glasstune.core.errors import InputError
-from glasstune.models.families import bloom, documents, flex
+from glasstune.models.families import bloom, bloom_flex, documents, flex
 from glasstune.models.families.masks import additive, block_mask
 from glasstune.models.families.table import Family, family_of
 
@@ -75,8 +75,8 @@ def packing_kwargs(
         window = getattr(config, "sliding_window", None)
         blocks = flex.packed_blocks(bounds, device, window=window, capped=capped)
         return {"attention_mask": flex.no_mask(device), flex.BLOCKS_KEYWORD: blocks}
-    if family is not None and family.packing == "bloom" and bloom.uses_flex(model):
-        return {"attention_mask": bloom.numbers_as_mask(flex.document_numbers(bounds, device))}
+    if family is not None and family.packing == "bloom" and bloom_flex.installed(model):
+        return {"attention_mask": bloom_flex.numbers_as_mask(flex.document_numbers(bounds, device))}
     if family is not None and family.packing in ("bloom", "blocks"):
         allowed = block_mask(bounds, device)
         plain = family.packing == "blocks" and config._attn_implementation == "sdpa"
@@ -92,7 +92,7 @@ def _install(model: PreTrainedModel, family: Family, compiled: bool) -> str:
     instead = flex.why_not(config, model.device)
     if family.packing == "bloom":
         if instead is None:
-            bloom.install_flex(model)
+            bloom_flex.install(model)
             return "flex_attention with ALiBi inside each document"
         bloom.install(model)
         return _with_reason("ALiBi and causal mask restart with each document", model, instead)
@@ -135,13 +135,13 @@ def install_attention(model: PreTrainedModel) -> str | None:
         return None
     if flex.why_not(config, model.device) is not None:
         return None
-    bloom.install_flex(model)
+    bloom_flex.install(model)
     return "flex_attention with ALiBi"
 
 
 def uninstall_attention(model: nn.Module) -> None:
     """Takes back what `install_attention` did; another model passes unchanged."""
-    bloom.uninstall_flex(model)
+    bloom_flex.uninstall(model)
 
 
 def _with_reason(how: str, model: PreTrainedModel, instead: str) -> str:
@@ -153,8 +153,8 @@ def _leak(model: PreTrainedModel) -> float:
     """Returns how far a document's logits move when the one before it changes, 0 = not at all."""
     embedding: Any = model.get_input_embeddings()
     device = embedding.weight.device
-    own = model.config._attn_implementation in (flex.NAME, flex.CAPPED_NAME)
-    ends = _FLEX_PROBE if own or bloom.uses_flex(model) else _PROBE
+    named = model.config._attn_implementation in (flex.NAME, flex.CAPPED_NAME)
+    ends = _FLEX_PROBE if named or bloom_flex.installed(model) else _PROBE
     count = torch.arange(ends[-1], device=device)
     one = (count * 7919 % embedding.weight.shape[0]).unsqueeze(0)
     other = torch.where(count < ends[1], (one + 1) % embedding.weight.shape[0], one)
