@@ -73,12 +73,12 @@ def shapes() -> dict[str, tuple[str, dict[str, Any]]]:
 
 def planned(case: Case, target: str) -> Any:
     """Returns (memory model, activations): the prediction, before any weight."""
-    import gpu_step
     from transformers import AutoConfig
 
+    import gpu_step
     from glasstune.models.inspect.source import open_source
-    from glasstune.planner.live import Batch
     from glasstune.planner.model import MemoryModel, Setup
+    from glasstune.planner.trace import Batch
 
     kind, options = shapes()[case.model]
     options = dict(options)
@@ -148,8 +148,9 @@ class Card:
     """A model on the card, and its peaks."""
 
     def __init__(self, case: Case) -> None:
-        import gpu_step
         import torch
+
+        import gpu_step
 
         shapes()
         args = gpu_step.parse(
@@ -236,6 +237,80 @@ def run_gpu(args: argparse.Namespace) -> int:
     return 0 if worst <= 0.05 and not failed else 1
 
 
+CPU_CASES = {
+    f"smollm2-{bits}-4x{length}": (bits, 4, length) for bits in (16, 4) for length in (128, 512)
+}
+CPU_STEPS = 3
+
+
+def cpu_case(bits: int, rows: int, length: int) -> dict[str, Any]:
+    """Plans a run in this process, then trains a few updates in it."""
+    import resource
+    import tempfile
+
+    import cpu_train
+    import torch
+
+    from glasstune.core.choices import Choices
+    from glasstune.core.config_load import config_from_mapping
+    from glasstune.workflows.plan import plan_run
+    from glasstune.workflows.prepare_run import prepare
+    from glasstune.workflows.train import train
+
+    torch.set_num_threads(2)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        args = argparse.Namespace(data=None, rows=120)
+        data = cpu_train.source(args, folder)
+        content = {
+            "model": {"path": cpu_train.smollm2(), "bits": bits, "device": "cpu"},
+            "adapter": {"r": 8, "lora_alpha": 16},
+            "data": {"sources": [{"path": str(data)}], "max_length": length},
+            "training": {
+                "output_dir": str(folder / "run"), "max_steps": CPU_STEPS,
+                "train_batch_size": rows, "per_device_train_batch_size": rows,
+                "recompute": "none",
+            },
+        }  # fmt: skip
+        config = config_from_mapping(content).config
+        planned = plan_run(prepare(config, Choices(), cpu_train.Clock()), cpu_train.Clock())
+        clock = cpu_train.Clock()
+        train(config_from_mapping(content).config, progress=clock)
+    record = planned.record
+    measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = (clock.ended - clock.started) / CPU_STEPS
+    return {
+        "predicted": record.peak_bytes, "measured": measured,
+        "error": round(record.peak_bytes / measured - 1, 4), "phase": record.phase,
+        "parts": record.parts, "rows": record.rows, "length": record.length,
+        "trained": record.trained_tokens, "recomputed": record.recompute_layers,
+        "seconds_predicted": round(record.seconds_per_update, 2),
+        "seconds_measured": round(seconds, 2), "rate": record.basis_of["seconds"],
+    }  # fmt: skip
+
+
+def run_cpu(args: argparse.Namespace) -> int:
+    sys.path.insert(0, str(Path(__file__).parent))
+    if args.case is not None:
+        print("RESULT " + json.dumps({"case": args.case, **cpu_case(*CPU_CASES[args.case])}))
+        return 0
+    worst = 0.0
+    for name in CPU_CASES:
+        if args.only and args.only not in name:
+            continue
+        command = [sys.executable, __file__, "cpu", "--case", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+        if done.returncode or not lines:
+            print("RESULT " + json.dumps({"case": name, "failed": done.returncode}), flush=True)
+            worst = 1.0
+            continue
+        print(lines[-1], flush=True)
+        worst = max(worst, abs(json.loads(lines[-1].removeprefix("RESULT "))["error"]))
+    print(f"worst error {worst:.2%}", flush=True)
+    return 0 if worst <= 0.10 else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("what", choices=("gpu", "cpu"))
@@ -247,7 +322,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.what == "cpu":
-        raise SystemExit("see below")
+        return run_cpu(args)
     if args.case is None:
         return run_gpu(args)
     case = next(case for case in gpu_cases(args.tiny) if case.name == args.case)

@@ -28,7 +28,7 @@ of activations. `context` is what the process itself takes: driver and libraries
 """
 
 Basis = Literal["measured", "estimate"]
-Strategy = Literal["single", "ddp", "fsdp2"]
+Strategy = Literal["ddp", "fsdp2"]
 
 
 @dataclass(slots=True)
@@ -68,6 +68,23 @@ class Alternative:
 
 
 @dataclass(slots=True)
+class Several:
+    """One device of several.
+
+    Args:
+        strategy: `ddp` or `fsdp2`.
+        devices: How many.
+        peak_bytes: Peak of one of them, each with the rows of a forward of this plan.
+        parts: The same by part.
+    """
+
+    strategy: Strategy
+    devices: int
+    peak_bytes: int
+    parts: dict[str, int]
+
+
+@dataclass(slots=True)
 class PlanRecord(Record):
     """Result of `glasstune plan`.
 
@@ -92,9 +109,9 @@ class PlanRecord(Record):
         moments: The peak of every phase.
         layers: Decoder layers of the model.
         recompute: `none`, `partial`, `full` or `offload`.
+        model: As the configuration names it.
+        bits: Of its base.
         device: Name of the device.
-        devices: Number of them.
-        strategy: How they share the model.
         rows: Rows of a forward.
         length: Tokens of the longest row.
         trained_tokens: Trained positions of that forward.
@@ -102,6 +119,7 @@ class PlanRecord(Record):
         evaluation_seconds: Of all evaluations.
         download_bytes: Still to be fetched; None where not known.
         host_bytes: Pinned host memory for offloaded inputs.
+        several: One of several devices, by formula.
         basis_of: How each number was found, by name.
         findings: What should be said.
     """
@@ -129,8 +147,6 @@ class PlanRecord(Record):
     model: str = ""
     bits: int = 16
     device: str = "cpu"
-    devices: int = 1
-    strategy: Strategy = "single"
     rows: int = 1
     length: int = 0
     trained_tokens: int = 0
@@ -138,6 +154,7 @@ class PlanRecord(Record):
     evaluation_seconds: float = 0.0
     download_bytes: int | None = None
     host_bytes: int = 0
+    several: list[Several] = field(default_factory=list)
     basis_of: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 

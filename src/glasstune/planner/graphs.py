@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_iter
 
-from glasstune.planner.live import BlockBytes, attention_workspace
+from glasstune.planner.live import attention_workspace
 from glasstune.planner.shadow import Shadow
+from glasstune.planner.trace import BlockBytes
 
 
 @dataclass
@@ -116,10 +117,11 @@ def compile_block(
 
     def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
         outside.update(
-            index for index, value in enumerate(inputs)
+            index
+            for index, value in enumerate(inputs)
             if not isinstance(value, Tensor) or _storage(value) not in entering
         )
-        return compile_fx(graph, inputs, inner_compile=inner)
+        return compile_fx(graph, inputs, inner_compile=inner)  # type: ignore[arg-type]
 
     block = shadow.model.get_submodule(path)
     inside = [group for group in shadow.groups if group.paths[0].startswith(f"{path}.")]
@@ -133,9 +135,10 @@ def compile_block(
         with shadow.mode, shadow.precision():
             for group in inside:
                 group.open = True
-            out = torch.compile(block._call_impl, backend=backend, dynamic=False, fullgraph=True)(
-                *args, **kwargs
+            compiled: Callable[..., Any] = torch.compile(
+                block._call_impl, backend=backend, dynamic=False, fullgraph=True
             )
+            out = compiled(*args, **kwargs)
         with shadow.mode:
             first = out if isinstance(out, Tensor) else out[0]
             first.sum().backward()
@@ -178,9 +181,7 @@ def walk(graph: fx.GraphModule, outside: set[str], round_to: int, *, takes: bool
     mine = {key for key in plan.inputs if takes and key.name not in outside}
     now = peak = sum(plan.size[key] for key in mine)
     for index, node in enumerate(plan.order):
-        freed = [
-            key for key in plan.last.get(index, ()) if key in mine or key not in plan.inputs
-        ]
+        freed = [key for key in plan.last.get(index, ()) if key in mine or key not in plan.inputs]
         made = plan.made.get(node)
         if made is not None:
             # A fused kernel may write into an input that it is the last to read.
@@ -253,8 +254,10 @@ class _Buffers:
         return _is_kernel(node)
 
     def _writes(self, node: fx.Node, returned: set[fx.Node]) -> bool:
-        """Whether a node's result lies in memory: a kernel's, one that a kernel reads, or one
-        that is returned, directly or through views; all else is fused into its readers.
+        """Whether a node's result lies in memory; all else is fused into its readers.
+
+        That is what a kernel makes, what a kernel reads, and what is returned, directly or through
+        views.
         """
         if _is_kernel(node) or node in returned or _is_reduction(node):
             return True
@@ -292,10 +295,20 @@ class _Buffers:
 
 _VIEWS = {
     "view", "reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "slice",
-    "select", "split", "split_with_sizes", "unbind", "alias", "detach", "as_strided", "_unsafe_view",
-    "getitem",
+    "select", "split", "split_with_sizes", "unbind", "alias", "detach", "as_strided",
+    "_unsafe_view", "getitem",
 }  # fmt: skip
-_KERNELS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_grouped_mm", "sort", "topk", "index_put"}
+_KERNELS = {
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "convolution",
+    "_grouped_mm",
+    "sort",
+    "topk",
+    "index_put",
+}
 
 
 def _name(node: fx.Node) -> str:

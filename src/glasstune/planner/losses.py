@@ -1,4 +1,4 @@
-"""What stands behind the last norm: the loss that training computes, in its own order of buffers."""
+"""What stands behind the last norm: training's loss, in its own order of buffers."""
 
 from __future__ import annotations
 

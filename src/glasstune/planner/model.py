@@ -13,8 +13,11 @@ from glasstune.models.head import HeadSplit
 from glasstune.models.inspect.precision import precision_record
 from glasstune.models.inspect.source import ModelSource
 from glasstune.planner.graphs import compiled_bytes
-from glasstune.planner.live import (
-    ROUND,
+from glasstune.planner.live import ROUND
+from glasstune.planner.losses import any_head_loss, frozen_head_loss, frozen_head_loss_gpu
+from glasstune.planner.peak import Activations, Static
+from glasstune.planner.shadow import Shadow, make_shadow
+from glasstune.planner.trace import (
     Batch,
     BlockBytes,
     Loss,
@@ -22,9 +25,6 @@ from glasstune.planner.live import (
     trace_evaluation,
     trace_step,
 )
-from glasstune.planner.losses import any_head_loss, frozen_head_loss, frozen_head_loss_gpu
-from glasstune.planner.peak import Activations, Static
-from glasstune.planner.shadow import Shadow, make_shadow
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class MemoryModel:
         self.setup = setup
         self.shadow: Shadow = make_shadow(
             setup.source, setup.bits, setup.adapter, quantization=setup.quantization,
-            dtype=setup.dtype, int8_compute=setup.int8_compute, target=setup.target, fast=setup.fast,
-            attention=setup.attention, packed=setup.packed,
+            dtype=setup.dtype, int8_compute=setup.int8_compute, target=setup.target,
+            fast=setup.fast, attention=setup.attention, packed=setup.packed,
         )  # fmt: skip
         split = HeadSplit(self.shadow.model)
         split.proven = True
@@ -162,8 +162,14 @@ class MemoryModel:
                 for path, call in zip(shadow.blocks, block_calls(shadow, batch), strict=True)
             ]
             plain = trace_step(shadow, batch, loss)  # the same products
-            plains = [replace(a, flops=b.flops) for (a, _), b in zip(pairs, plain.blocks, strict=True)]
-            agains = [replace(a, flops=b.flops) for (_, a), b in zip(pairs, again.blocks, strict=True)]
+            plains = [
+                replace(pair[0], flops=block.flops)
+                for pair, block in zip(pairs, plain.blocks, strict=True)
+            ]
+            agains = [
+                replace(pair[1], flops=block.flops)
+                for pair, block in zip(pairs, again.blocks, strict=True)
+            ]
             notes = ["each layer's compiled graphs, forward and backward, walked buffer by buffer"]
         else:
             around = trace_step(shadow, batch, loss)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from glasstune.core.plan import Moment
 from glasstune.core.recompute import Recompute
-from glasstune.planner.live import BlockBytes
+from glasstune.planner.trace import BlockBytes
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,7 @@ def moments(
     kept = [block.kept for block in blocks]
     flying = 0
     if recompute.offload:
-        kept = [
-            0 if index < recompute.layers else block.kept for index, block in enumerate(blocks)
-        ]
+        kept = [0 if index < recompute.layers else block.kept for index, block in enumerate(blocks)]
         flying = min(_IN_FLIGHT, recompute.layers) * batch.entering
     stays = {"base": static.base + static.wide, "adapters": static.adapters, "context": context}
     run = {**stays, "optimizer": static.optimizer}

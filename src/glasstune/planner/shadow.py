@@ -248,8 +248,9 @@ def _lose_data(base: nn.Module, device: str) -> None:
     for module in base.modules():
         if is_four_bit(module) and not hasattr(module, "base_layer"):
             _pack_four_bit(module, device)
-            if module.bias is not None:
-                module._parameters["bias"] = empty(module.bias)  # type: ignore[assignment]
+            bias = module._parameters.get("bias")
+            if bias is not None:
+                module._parameters["bias"] = empty(bias)  # type: ignore[assignment]
             continue
         for name, value in module._parameters.items():
             if value is not None:

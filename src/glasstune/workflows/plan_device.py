@@ -1,0 +1,122 @@
+"""The device of a plan: what may be used of it, how fast it is, how blocks will run on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from glasstune.core.choices import Choices
+from glasstune.core.config import Config
+from glasstune.core.units import format_bytes, parse_bytes
+from glasstune.workflows.prepare_run import Prepared
+
+if TYPE_CHECKING:
+    from glasstune.planner.model import MemoryModel
+    from glasstune.planner.trace import Batch
+
+CUDA_CONTEXT = 550 * 2**20
+"""What the driver takes for a process once kernels run: calibrated on an H100 (CUDA 13)."""
+
+CUDA_SLACK = 0.02
+"""What CUDA's allocator holds beside what is asked of it, as a share of the activations."""
+
+
+@dataclass
+class Device:
+    """A device before a run.
+
+    Args:
+        kind: `cpu` or `cuda`.
+        name: For people.
+        fast: Whether layers of one input share a product.
+        compiled: Whether blocks are compiled.
+        attention: Implementation that the family needs, None for its own.
+        rate: Operations a second of products.
+        rate_note: Where that comes from.
+        context: Bytes of driver and libraries.
+        library: Bytes that product libraries keep.
+        slack: Share of the activations that the allocator holds beside them.
+        notes: How these were found.
+    """
+
+    kind: str
+    name: str
+    fast: bool
+    compiled: bool
+    attention: str | None = None
+    rate: float = 0.0
+    rate_note: str = ""
+    context: int = 0
+    library: int = 0
+    slack: float = 0.0
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def measure(self, model: MemoryModel, batch: Batch) -> None:
+        """Measures the rate of products, and what libraries take, in a fraction of a second."""
+        import torch
+
+        from glasstune.planner.seconds import SHARE, probe_rate
+
+        causal = model.shadow.model.get_base_model()
+        width = int(causal.get_output_embeddings().weight.shape[1])
+        dtype = torch.float32 if model.shadow.autocast is None else torch.bfloat16
+        self.rate = probe_rate(torch.device(self.kind), width, batch.tokens, dtype)
+        share = SHARE[self.kind, self.compiled]
+        self.rate_note = (
+            f"products of this model's width run at {self.rate / 1e12:.2f} TFLOP/s here, measured "
+            f"just now; a whole step reaches {share:.0%} of that (calibrated)"
+        )
+        if self.kind == "cuda":
+            from glasstune.planner.device import library_bytes
+
+            self.library, self.context, self.slack = library_bytes(), CUDA_CONTEXT, CUDA_SLACK
+            self.notes["workspace"] = (
+                f"product libraries keep {format_bytes(self.library)}, measured on this device; "
+                f"the allocator's slack is {self.slack:.0%} of the activations (calibrated)"
+            )
+            self.notes["context"] = "the driver's context: calibrated on an H100"
+
+    def limit(self, config: Config) -> tuple[int, str]:
+        """Returns what may be used, and where that number comes from."""
+        given = config.training.max_memory
+        if given is not None:
+            return parse_bytes(given, where="training.max_memory"), "training.max_memory"
+        if self.kind == "cuda":
+            import torch
+
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+            return free + self.context, "free on the device, its driver's context with it"
+        from glasstune.planner.host import available_bytes, resident_bytes
+
+        return available_bytes() + resident_bytes(), "free in memory, with what this process has"
+
+    def download(self, prepared: Prepared, base: int) -> int | None:
+        """Returns the bytes still to be fetched: 0 for local models, None where not known."""
+        if prepared.resolved.kind != "hub":
+            return 0
+        from huggingface_hub import try_to_load_from_cache
+
+        for name in ("model.safetensors", "model.safetensors.index.json"):
+            if isinstance(try_to_load_from_cache(prepared.resolved.folder_or_id, name), str):
+                return 0
+        return base if prepared.config.model.bits == 16 else None
+
+
+def device_of(prepared: Prepared, updates: int) -> Device:
+    """Returns the device of a run, and how its blocks will be run there."""
+    import torch
+
+    from glasstune.fast.compile import decide
+    from glasstune.models.families.table import family_of
+    from glasstune.models.load import choose_device
+
+    place = choose_device(prepared.config.model.device, Choices())
+    compiled, _ = decide(prepared.config.training.compile, place, updates, Choices())
+    family = family_of(prepared.resolved.config)
+    name = "CPU"
+    if place.type == "cuda":
+        name = torch.cuda.get_device_name(place)
+    return Device(
+        place.type, name, compiled or place.type != "cpu", compiled,
+        None if family is None else family.attention,
+    )  # fmt: skip

@@ -1,0 +1,162 @@
+"""A real step of the longest batch beside the plan: what is foretold, and by how much it is off."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from glasstune.core.errors import RunError
+from glasstune.core.findings import Finding
+from glasstune.core.protocols import Progress
+from glasstune.core.units import format_bytes
+from glasstune.workflows.plan_batch import largest_batch
+
+if TYPE_CHECKING:
+    import torch
+
+    from glasstune.core.plan import PlanRecord
+    from glasstune.training.step import AdaptedModel
+    from glasstune.workflows.plan import Planned
+
+
+def measured(planned: Planned, progress: Progress) -> PlanRecord:
+    """Loads the model, runs a step of the longest batch and an evaluation batch, and compares.
+
+    Raises:
+        RunError: `out_of_memory`: the device had less than was planned.
+    """
+    from glasstune.workflows.trained_model import open_trained
+
+    prepared = planned.prepared
+
+    def note(finding: Finding) -> None:
+        progress.say(f"{finding.severity}: {finding.where}: {finding.message}")
+
+    with memory_named(planned):
+        opened = open_trained(prepared, note)
+        adapted: AdaptedModel = opened[0]
+        try:
+            seconds = dry_step(planned, adapted)
+        finally:
+            adapted.slow_down()
+    return compared(planned, adapted.device, seconds)
+
+
+def dry_step(planned: Planned, adapted: AdaptedModel) -> float:
+    """Runs a step of the longest batch without moving anything, and an evaluation batch.
+
+    Random states, gradients and the model's mode are left as they were.
+
+    Returns:
+        Seconds of the second of two steps (the first may compile).
+    """
+    import torch
+
+    from glasstune.training.step import compute_update
+
+    prepared = planned.prepared
+    rows, pad = prepared.schedule.micro, prepared.pad_id
+    batch = largest_batch(prepared.data.train, rows, pad)
+    cuda = adapted.device.type == "cuda"
+    was_training = adapted.model.training
+    devices = [adapted.device] if cuda else []
+    taken = 0.0
+    with torch.random.fork_rng(devices=devices):
+        try:
+            adapted.model.train()
+            for _ in range(2):
+                started = time.monotonic()
+                compute_update(adapted, prepared.terms, [batch], 1, 0, check=False)
+                for parameter in adapted.model.parameters():
+                    parameter.grad = None
+                if cuda:
+                    torch.cuda.synchronize(adapted.device)
+                taken = time.monotonic() - started
+            held_out = prepared.data.validation
+            if held_out is not None:
+                adapted.model.eval()
+                with torch.no_grad(), adapted.precision():
+                    hidden = adapted.trained_hidden(largest_batch(held_out, rows, pad), 0)
+                    adapted.head(hidden[:1])
+        finally:
+            adapted.model.train(was_training)
+            for parameter in adapted.model.parameters():
+                parameter.grad = None
+    return taken
+
+
+def compared(planned: Planned, device: torch.device, seconds: float) -> PlanRecord:
+    """Returns the record with what was measured: the step's peak, and the states still to come."""
+    from glasstune.training.metrics import peak_memory_bytes
+
+    record = planned.record
+    peak = peak_memory_bytes(device) + record.parts["optimizer"]
+    if device.type == "cuda":
+        peak += record.parts["context"]
+    schedule = planned.prepared.schedule
+    update = seconds * schedule.batch / schedule.micro
+    scale = update / record.seconds_per_update if record.seconds_per_update else 1.0
+    return replace(
+        record,
+        measured_peak_bytes=peak,
+        error=record.peak_bytes / peak - 1,
+        seconds_per_update=update,
+        total_seconds=update * record.updates + record.evaluation_seconds * scale,
+        evaluation_seconds=record.evaluation_seconds * scale,
+        tokens_per_second=record.tokens_per_second / scale,
+        basis="measured",
+    )
+
+
+class memory_named:
+    """Turns the allocator's error into one that stands beside the plan.
+
+    Args:
+        planned: The plan.
+        kept: What is not lost, for the message.
+    """
+
+    def __init__(self, planned: Planned | None, kept: str = "") -> None:
+        self.planned = planned
+        self.kept = kept
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            return
+        raise out_of_memory(error, self.planned, self.kept) from error
+
+
+def out_of_memory(error: BaseException, planned: Planned | None, kept: str = "") -> RunError:
+    """Returns the one clear error: the plan beside the allocator's numbers."""
+    import torch
+
+    first = str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
+    numbers = ""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        numbers = (
+            f"; allocated at most {format_bytes(torch.cuda.max_memory_allocated())}, reserved "
+            f"{format_bytes(torch.cuda.memory_reserved())}, free {format_bytes(free)} of "
+            f"{format_bytes(total)}"
+        )
+    plan = ""
+    if planned is not None:
+        record = planned.record
+        plan = (
+            f"; planned were {format_bytes(record.peak_bytes)} of "
+            f"{format_bytes(record.limit_bytes)} ({record.recompute_layers} of {record.layers} "
+            f"layers computed again, {record.rows} x {record.length} tokens)"
+        )
+    return RunError(
+        "out_of_memory",
+        f"{first}{numbers}{plan}",
+        where="training",
+        fix="set training.max_memory to what is really free, or training.recompute: full"
+        + (f"; {kept}" if kept else ""),
+    )
