@@ -14,6 +14,7 @@ It is measured twice. `ids` renders each conversation once and tokenises it: it 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 WAYS = ("glasstune", "map_ids", "map_labels")
@@ -31,7 +33,9 @@ WAYS = ("glasstune", "map_ids", "map_labels")
 def seed_rows() -> list[dict[str, str]]:
     folder = os.environ.get("GLASSTUNE_TEST_DATA")
     if folder:
-        return json.loads((Path(folder) / "alpaca_en_demo.json").read_text(encoding="utf-8"))
+        text = (Path(folder) / "alpaca_en_demo.json").read_text(encoding="utf-8")
+        rows: list[dict[str, str]] = json.loads(text)
+        return rows
     words = ["the", "of", "and", "to", "in", "is", "it", "you", "that", "he", "was", "for", "on"]
     chosen = random.Random(0)
 
@@ -140,8 +144,33 @@ def measure(way: str, model: str, path: Path, processes: int) -> dict[str, Any]:
     else:
         found = by_map(model, path, processes, labels=way == "map_labels")
     main = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return {**found, "peak_bytes": main, "largest_child_bytes": largest}
+    return {**found, "peak_bytes": main}
+
+
+class Watch:
+    """Looks at the memory of a process and its children while it runs.
+
+    The kernel's own maximum of a child starts with the size of the process that started it.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.worker = self.whole = 0
+        with contextlib.suppress(OSError, IndexError):
+            while process.poll() is None:
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+                workers = [self._bytes(pid, "VmHWM") for pid in children.split()]
+                self.worker = max([self.worker, *workers])
+                every = [str(process.pid), *children.split()]
+                self.whole = max(self.whole, sum(self._bytes(pid, "VmRSS") for pid in every))
+                time.sleep(0.2)
+
+    @staticmethod
+    def _bytes(pid: str, name: str) -> int:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:  # it ended
+            return 0
+        return int(status.split(f"{name}:")[1].split()[0]) * 1024 if name in status else 0
 
 
 def apart(way: str, model: str, path: Path, processes: int) -> dict[str, Any]:
@@ -158,9 +187,19 @@ def apart(way: str, model: str, path: Path, processes: int) -> dict[str, Any]:
         }
         command = [sys.executable, __file__, "one", "--model", model, "--way", way]
         command += ["--file", str(path), "--processes", str(processes)]
-        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        said = Path(cache) / "said"
+        with (
+            said.open("wb") as err,
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=err
+            ) as process,
+        ):
+            watch = Watch(process)
+            out, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(said.read_text())
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return {**found, "worker_bytes": watch.worker, "whole_bytes": watch.whole}
 
 
 def speed(args: argparse.Namespace) -> None:
@@ -168,26 +207,22 @@ def speed(args: argparse.Namespace) -> None:
         path = Path(folder) / "rows.jsonl"
         rows = write_rows(path, rows=args.rows)
         print(f"{rows:,} rows, {path.stat().st_size / 1e6:.0f} MB, {args.processes} processes")
-        best: dict[str, float] = {}
-        least: dict[str, float] = {}
+        found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for round_ in range(args.rounds):
-            ways = WAYS if round_ % 2 == 0 else tuple(reversed(WAYS))
-            for way in ways:
-                found = apart(way, args.model, path, args.processes)
-                rate = found["rows"] / found["seconds"]
-                each = found["cpu_seconds"] / found["rows"] * 1e6
-                best[way] = max(best.get(way, 0.0), rate)
-                least[way] = min(least.get(way, each), each)
-                print(
-                    f"  {way:<11} {rate:8,.0f} rows/s ({found['seconds']:.1f} s), "
-                    f"{each:.0f} us of processor time a row",
-                    flush=True,
-                )
-        for way, rate in best.items():
-            ratio = best["glasstune"] / rate
+            # One after the other in every round, so that other work on the machine meets all.
+            for way in WAYS if round_ % 2 == 0 else tuple(reversed(WAYS)):
+                found[way].append(apart(way, args.model, path, args.processes))
+            each = ", ".join(f"{way} {rows / found[way][-1]['seconds']:,.0f}" for way in WAYS)
+            print(f"  round {round_ + 1}: {each} rows/s; load {os.getloadavg()[0]:.1f}", flush=True)
+        for way in WAYS:
+            rate = median(rows / run["seconds"] for run in found[way])
+            spent = median(run["cpu_seconds"] / rows * 1e6 for run in found[way])
+            pairs = list(zip(found[way], found["glasstune"], strict=True))
+            faster = median(theirs["seconds"] / ours["seconds"] for theirs, ours in pairs)
+            leaner = median(theirs["cpu_seconds"] / ours["cpu_seconds"] for theirs, ours in pairs)
             print(
-                f"best {way:<11} {rate:8,.0f} rows/s, least {least[way]:.0f} us a row: Glasstune "
-                f"is {ratio:.2f} times as fast"
+                f"median {way:<11} {rate:7,.0f} rows/s, {spent:4.0f} us of processor time a row: "
+                f"Glasstune is {faster:.2f} times as fast, by processor time {leaner:.2f} times"
             )
 
 
@@ -199,8 +234,10 @@ def memory(args: argparse.Namespace) -> None:
             found = apart("glasstune", args.model, path, args.processes)
             print(
                 f"{megabytes} MB, {rows:,} rows: {found['seconds']:.0f} s, "
-                f"{rows / found['seconds']:,.0f} rows/s, peak {found['peak_bytes'] / 2**20:.0f} "
-                f"MiB, largest worker {found['largest_child_bytes'] / 2**20:.0f} MiB",
+                f"{rows / found['seconds']:,.0f} rows/s, peak of the main process "
+                f"{found['peak_bytes'] / 2**20:.0f} MiB, of the largest worker "
+                f"{found['worker_bytes'] / 2**20:.0f} MiB, of all together "
+                f"{found['whole_bytes'] / 2**20:.0f} MiB",
                 flush=True,
             )
             path.unlink()

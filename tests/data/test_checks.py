@@ -21,6 +21,7 @@ from glasstune.data.formats import to_example
 from glasstune.data.tally import Tally
 from glasstune.data.template import resolve_template
 from glasstune.data.texts import count_letters, mojibake
+from glasstune.data.write import write_rows
 
 
 def chat(*turns: tuple[str, str]) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def test_empty_answers_are_counted(tmp_path: Path) -> None:
     file.write_text("prompt,completion\nq1,a1\nq2,\nq3, \n")
     found = finding(prepare(file), "empty_answer")
     assert found.message == (
-        "2 rows have an empty answer: they teach the model to say nothing (also lines 4)"
+        "2 rows have an empty answer: they teach the model to say nothing (also line 4)"
     )
     assert found.where == f"{file}:3"
     assert "empty_answer" not in codes(prepare(alpaca(3)))
@@ -246,7 +247,7 @@ def test_characters_that_the_tokenizer_loses_are_said() -> None:
     rows = [{"prompt": "why", "completion": "so"}, {"prompt": "why", "completion": "\u4e8c"}]
     found = finding(prepare(rows, tokenizer), "unknown_tokens")
     assert found.where == "rows[1]"
-    assert found.message.startswith("1 rows")
+    assert found.message.startswith("1 row holds")
     assert "unknown_tokens" not in codes(prepare(rows[:1], tokenizer))
     meant = [{"prompt": "why <unk>", "completion": "so"}]
     assert "unknown_tokens" not in codes(prepare(meant, tokenizer))
@@ -350,6 +351,62 @@ def test_columns_that_json_cannot_hold_are_left_out_and_said(tmp_path: Path) -> 
     choice = choices.get("data.cache.rows")
     assert choice is not None
     assert (choice.value, "in memory" in choice.reason) == ("none", True)
+
+
+def test_columns_that_nothing_reads_are_said(tmp_path: Path) -> None:
+    rows = [{**row, "id": k, "note": None, "tags": []} for k, row in enumerate(alpaca(5))]
+    rows[2]["score"] = 0.5
+    write_rows(rows, tmp_path / "x.jsonl")
+    found = finding(prepare(tmp_path / "x.jsonl"), "unread_columns")
+    assert (found.severity, found.where) == ("info", "x")
+    assert found.message.endswith("'id' (5 rows), 'score' (1 rows)")
+    assert "unread_columns" not in codes(prepare(rows, keep_columns=True))  # for loss functions
+    mapped = [{"q": row["instruction"], "a": {"b": row["output"]}, "c": 1} for row in rows]
+    columns = {"prompt": "{q}!", "completion": "a.b"}
+    data = prepare([{"path": mapped, "columns": columns}])
+    assert finding(data, "unread_columns").message.endswith("read: 'c' (5 rows)")
+    names = [{**row, f"column {k}": 1} for k, row in enumerate(alpaca(200))]
+    assert "and 40 more" in finding(prepare(names), "unread_columns").message
+
+
+def test_images_that_are_left_out_are_said() -> None:
+    rows: list[dict[str, Any]] = [{**row, "images": []} for row in alpaca(4)]
+    assert "media_left_out" not in codes(prepare(rows))
+    rows[1]["images"] = ["cat.png"]
+    for keep in (False, True):
+        found = finding(prepare(rows, keep_columns=keep), "media_left_out")
+        assert (found.severity, found.where) == ("warning", "rows[1]")
+        assert found.message.startswith("1 row brings more than text (the first: 'images')")
+        assert found.message.endswith("only its text is")
+
+
+def test_one_text_twice_reads_well(tmp_path: Path) -> None:
+    path = write_rows(alpaca(1) * 120 + alpaca(5), tmp_path / "x.jsonl")
+    found = finding(prepare(path), "duplicates")
+    assert found.message == (
+        "120 rows repeat the text of an earlier row (1 text appears more than once); they are kept"
+    )
+    found = finding(prepare([*alpaca(3), alpaca(1)[0]], duplicates="drop"), "duplicates")
+    assert found.message == (
+        "1 row repeats the text of an earlier row (1 text appears more than once); it is left out"
+    )
+
+
+def test_every_error_of_a_check_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(alpaca(1)[0]) + '\nNOT JSON\n5\n{"instruction": "q"}\n')
+    found = [each for each in prepare(path, stop=False).record.findings if each.severity == "error"]
+    assert len(found) == 3
+    assert all(each.fix for each in found)
+
+
+def test_nothing_left_says_to_raise_the_length_only_where_that_helps() -> None:
+    with pytest.raises(InputError) as error:
+        prepare([{"instruction": "q", "output": None}], on_error="skip")
+    assert error.value.fix == "correct the rows"
+    with pytest.raises(InputError) as error:
+        prepare([{"instruction": "q " * 50, "output": "a"}], max_length=16)
+    assert "max_length" in error.value.fix
 
 
 def test_nothing_is_wrong_with_good_rows() -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from glasstune.core.errors import InputError
 from glasstune.data.errors import RowError
@@ -275,3 +276,21 @@ def test_a_path_in_brackets_is_told_how_paths_are_written() -> None:
         example(row, {"prompt": "q", "completion": "{instances[0][output]}"})
     assert "messages.0.content" in error.value.fix
     assert example(row, {"prompt": "q", "completion": "instances.0.output"}).completion == "a"
+
+
+@pytest.mark.parametrize(("row", "hint"), [
+    ({"question": "q", "response": "a"}, "{prompt: question, completion: response}"),
+    ({"Instruction": "q", "Output": "a"}, "{prompt: Instruction, completion: Output}"),
+    ({"instruction ": "q", " output": "a"}, '{prompt: "instruction ", completion: " output"}'),
+    ({"data": {"q": "q", "a": "a"}}, "{prompt: data.q, completion: data.a}"),
+    ({"x": "q", "y": "a"}, "{prompt: question, completion: answer}"),
+    ({"data": [{"instruction": "q", "output": "a"}]}, "jq .data FILE"),
+])  # fmt: skip
+def test_unknown_rows_get_a_hint_in_their_own_names(row: dict[str, Any], hint: str) -> None:
+    with pytest.raises(InputError) as error:
+        detect_format([row], {}, "x.jsonl:1")
+    assert error.value.code == "unknown_format"
+    assert hint in error.value.fix
+    if (hint.startswith("{") and "question" not in hint) or "question" in row:
+        columns = yaml.safe_load(hint)
+        assert detect_format([row], columns, "x.jsonl:1") == "prompt_completion"

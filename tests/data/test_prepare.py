@@ -44,7 +44,7 @@ def test_d03_blank_lines_are_counted_and_a_bad_line_is_placed(tmp_path: Path) ->
     assert skipped.record.kept == 2
     assert skipped.record.dropped == {"bad_json": 1}
     assert finding(skipped, "bad_json").where == f"{path}:4"
-    assert "1 blank lines" in finding(skipped, "blank_lines").message
+    assert "1 blank line was" in finding(skipped, "blank_lines").message
 
 
 def test_d04_missing_key_names_file_line_key_and_keys_found(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_truncation_cut_is_counted_and_keeps_the_start() -> None:
     whole = prepare(rows)
     data = prepare(rows, max_length=24, truncation="cut")
     assert data.record.dropped == {}
-    assert finding(data, "cut").message.startswith("1 rows")
+    assert finding(data, "cut").message.startswith("1 row is longer")
     first, full = data.train.documents[0], whole.train.documents[0]
     assert len(first) == 24
     assert first.ids.tolist() == full.ids[:24].tolist()

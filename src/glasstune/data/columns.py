@@ -10,7 +10,7 @@ from typing import Any
 from glasstune.data.errors import refuse
 from glasstune.data.read import kind_of
 
-_PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
 def find(row: Mapping[str, Any], path: str) -> Any:
@@ -127,7 +127,7 @@ class Mapped:
             null = null or value is None
             return "" if value is None else as_text(value, match.group(1))
 
-        text = _PLACE.sub(put, rule)
+        text = PLACE.sub(put, rule)
         return None if null else text
 
 

@@ -6,12 +6,14 @@ Every shape becomes an `Example`: a conversation, a prompt with its completion, 
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from glasstune.core.errors import InputError
-from glasstune.data.columns import Mapped, keys_of
+from glasstune.data.columns import PLACE, Mapped, keys_of
 from glasstune.data.errors import refuse
 from glasstune.data.read import kind_of
 from glasstune.data.roles import Message, conversation, messages_of, tools_of
@@ -108,9 +110,62 @@ def detect_format(
         f"the rows fit no known format; the first has: {found}"
         + (f"; columns maps: {', '.join(columns)}" if columns else ""),
         where=where,
-        fix=f"map its columns with data.sources columns to one of ({shapes}), for example "
-        "{prompt: question, completion: answer}",
+        fix=_hint(rows) + f" (formats: {shapes})",
     )
+
+
+_PROMPTS = (
+    "prompt", "instruction", "question", "query", "input", "problem", "user", "human", "q"
+)  # fmt: skip
+_ANSWERS = (
+    "completion", "output", "answer", "response", "solution", "assistant", "gpt", "target", "label",
+    "a",
+)  # fmt: skip
+
+
+def _hint(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns what to do with rows of an unknown shape, with their own names where they are told.
+
+    Args:
+        rows: The first rows of the source.
+    """
+    row = rows[0] if rows else {}
+    for key, value in row.items():
+        if len(rows) == 1 and isinstance(value, list) and value and isinstance(value[0], Mapping):
+            return f"if {key!r} holds the rows, write that list alone to a file (jq .{key} FILE)"
+    texts: dict[str, str] = {}  # last name, plainly written, to the path
+    for key, value in row.items():
+        inner = value.items() if isinstance(value, Mapping) else ((None, value),)
+        for name, text in inner:
+            path = str(key) if name is None else f"{key}.{name}"
+            if isinstance(text, (str, int, float)):
+                texts.setdefault(path.rpartition(".")[2].strip().lower(), path)
+    prompt = next((texts[word] for word in _PROMPTS if word in texts), "question")
+    answer = next((texts[word] for word in _ANSWERS if word in texts), "answer")
+    return (
+        "map its columns with data.sources columns, for example "
+        f"{{prompt: {_quoted(prompt)}, completion: {_quoted(answer)}}}"
+    )
+
+
+def _quoted(path: str) -> str:
+    """Returns a path as YAML reads it back."""
+    return path if re.fullmatch(r"[A-Za-z][\w.-]*", path) else json.dumps(path, ensure_ascii=False)
+
+
+def read_keys(name: Format, columns: Mapping[str, str]) -> frozenset[str]:
+    """Returns the columns of a row that are read.
+
+    Args:
+        name: The format.
+        columns: The source's mapping.
+    """
+    keys = {*REQUIRED[name], *OPTIONAL[name]} - columns.keys()
+    for rule in columns.values():
+        paths = PLACE.findall(rule) if "{" in rule else [rule]
+        for path in paths:
+            keys |= {path.strip(), path.strip().partition(".")[0]}
+    return frozenset(keys)
 
 
 def refuse_preference(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> None:

@@ -200,10 +200,12 @@ class Repeats:
             note = Note(
                 "duplicates",
                 "info" if self.drop else "warning",
-                f"{{count}} rows repeat the text of an earlier row ({self._texts:,} texts appear "
-                f"more than once); they are {'left out' if self.drop else 'kept'}",
+                f"{self.doubles:,} row{'s repeat' if self.doubles > 1 else ' repeats'} the text of "
+                "an earlier row ({count} texts appear more than once); "
+                f"{'they are' if self.doubles > 1 else 'it is'} "
+                f"{'left out' if self.drop else 'kept'}",
                 "" if self.drop else "data.duplicates: drop keeps the first of each text",
-                self.doubles,
+                self._texts,
                 [store.origin(row) for row in self._firsts],
             )
             ledger.findings.append(note.finding())

@@ -7,8 +7,8 @@ everything that is wrong at once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from glasstune.data.tally import Note, Tally
 from glasstune.data.texts import shares
 
 _SHOWN = 8
+_SKIP = "correct the row, or set data.on_error: skip to leave it out"
 _ORDER = {"error": 0, "warning": 1, "info": 2}
 
 
@@ -101,7 +102,7 @@ class Ledger:
                 first.code,
                 first.text(),
                 where=where,
-                fix=first.fix or "correct the row, or set data.on_error: skip to leave it out",
+                fix=first.fix or _SKIP,
             )
         lines = [f"{note.places[0]}: {note.text()}" for note in notes[1:_SHOWN]]
         more = len(notes) - len(lines) - 1
@@ -130,7 +131,9 @@ class Ledger:
             "no_training_rows",
             f"no row is left to train ({listed or 'no rows'}){first}",
             where="data.sources",
-            fix="raise data.max_length where rows are too long, or correct the rows",
+            fix="raise data.max_length, or correct the rows"
+            if {"too_long", "no_trained_tokens"} & self.dropped().keys()
+            else "correct the rows",
         )
 
     def all_findings(self) -> list[Finding]:
@@ -138,12 +141,15 @@ class Ledger:
         whole = self.merged()
         found = list(self.findings)
         for path, count in whole.blank.items():
-            message = f"{count} blank lines were passed over"
+            message = f"{count:,} blank line{'s were' if count > 1 else ' was'} passed over"
             found.append(Finding("blank_lines", "info", path, message))
+        for name, tally in zip(self.names, self.tallies, strict=True):
+            if tally.columns:
+                found.append(_unread(name, tally.columns))
         found += [note.finding() for note in whole.notes.values()]
         for note in whole.bad.values():
             if self.on_error == "stop":
-                found.append(note.finding())
+                found.append(replace(note, fix=note.fix or _SKIP).finding())
             else:
                 skipped = Note(
                     note.code,
@@ -196,6 +202,19 @@ class Ledger:
             scripts=shares(whole.letters),
             histogram=histogram(lengths),
         )
+
+
+def _unread(source: str, columns: Mapping[str, int]) -> Finding:
+    """Returns the finding about columns that nothing reads."""
+    shown = ", ".join(f"{name!r} ({rows:,} rows)" for name, rows in list(columns.items())[:10])
+    more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
+    return Finding(
+        "unread_columns",
+        "info",
+        source,
+        f"columns that its format does not read: {shown}{more}",
+        "map them with data.sources columns if they matter",
+    )
 
 
 def _added(counts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -164,9 +164,11 @@ def unknown_kind(path: Path, head: bytes) -> InputError:
         )
     return InputError(
         "unknown_file_kind",
-        f"is no JSON array, JSONL, Parquet, CSV or TSV: it starts with {head[:1]!r}",
+        "is no JSON array, JSONL, Parquet, CSV or TSV: it starts with "
+        f"{head[:1].decode('latin-1')!r}",
         where=where,
-        fix="JSON starts with [ or {; CSV and TSV files must end in .csv or .tsv",
+        fix="JSON starts with [ or {; CSV and TSV files must end in .csv or .tsv; a plain text is "
+        'a row of its own: {"text": "..."}',
     )
 
 

@@ -28,6 +28,7 @@ class _Text:
         self.at = 0
         self.line = 1  # of `at`
         self.ended = False
+        self.rows = 0  # whole ones before `at`
 
     def more(self) -> bool:
         """Reads on, at least doubling what is left; False at the end of the file.
@@ -93,12 +94,13 @@ class _Text:
         at = error.pos if isinstance(error, json.JSONDecodeError) else self.at
         line = self.line + self.text.count("\n", self.at, at)
         found = repr(self.text[at : at + 20]) if at < len(self.text) else "the end of the file"
+        deep = isinstance(error, RecursionError)
         return InputError(
             "bad_json",
-            f"the JSON array is broken here: found {found}",
+            f"the JSON array is {'nested too deeply' if deep else 'broken'} here, behind "
+            f"{self.rows:,} whole row{'' if self.rows == 1 else 's'}: found {found}",
             where=f"{self.path}:{line}",
-            fix="rows before this line are whole; correct it, or cut the file here and close it "
-            "with ]",
+            fix="correct it, or cut the file behind the last whole row and close it with ]",
         )
 
 
@@ -129,6 +131,7 @@ def read_array(path: Path, file: BinaryIO) -> Iterator[RawRow | BadRow]:
             previous = text.line
             value = text.value()
             number += 1
+            text.rows = number
             yield RawRow(value, origin) if isinstance(value, dict) else no_object(origin, value)
             mark = text.next_mark()
             if mark not in ("]", ","):

@@ -19,6 +19,23 @@ PLACES = 5
 _SHAPES = 20
 """Different messages of one code that are kept apart."""
 _CHANGING = re.compile(r"\d+")
+_COLUMNS = 50
+"""Names of unread columns that are counted; rows may use texts of their own as names."""
+_ONE = (
+    ("{count} rows do not train an end token, so they do not", "1 row does not train an end token, "
+     "so it does not"),
+    ("{count} rows have an empty answer: they teach", "1 row has an empty answer: it teaches"),
+    ("{count} rows are", "1 row is"), (" and are left out", " and is left out"),
+    (" and were cut", " and was cut"), ("texts of {count} rows", "texts of 1 row"),
+    ("in {count} rows", "in 1 row"), ("{count} rows skipped", "1 row skipped"),
+    ("{count} rows have", "1 row has"), ("{count} rows hold", "1 row holds"),
+    ("{count} rows list", "1 row lists"), ("{count} rows start", "1 row starts"),
+    ("{count} rows bring", "1 row brings"), (": only their text is", ": only its text is"),
+    ("{count} validation rows have", "1 validation row has"),
+    ("{count} values are", "1 value is"),
+    ("{count} texts appear", "1 text appears"),
+)  # fmt: skip
+"""How a message reads where it counts one row."""
 
 
 @dataclass(slots=True)
@@ -49,14 +66,18 @@ class Note:
     def text(self) -> str:
         """Returns the message with number and places."""
         counted = "{count}" in self.message
-        message = self.message.replace("{count}", f"{self.count:,}")
+        message = self.message
+        for many, one in _ONE if counted and self.count == 1 else ():
+            message = message.replace(many, one)
+        message = message.replace("{count}", f"{self.count:,}")
         if self.count < 2:
             return message
         more = self.count - len(self.places)
         file = self.places[0].rpartition(":")[0] + ":"
         also = ", ".join(self.places[1:])
         if len(file) > 1 and all(place.startswith(file) for place in self.places[1:]):
-            also = "lines " + ", ".join(place.removeprefix(file) for place in self.places[1:])
+            word = "line " if len(self.places) == 2 and not more else "lines "
+            also = word + ", ".join(place.removeprefix(file) for place in self.places[1:])
         also += f" and {more:,} more" if more else ""
         return f"{message} ({'' if counted else f'{self.count:,} such rows; '}also {also})"
 
@@ -80,6 +101,7 @@ class Tally:
         counts: Rows of which something is known that is only judged at the end.
         letters: Letters by script.
         added: Ids of added tokens in the rows.
+        columns: Rows that have something in a column that nothing reads, by its name.
     """
 
     rows: int = 0
@@ -91,6 +113,7 @@ class Tally:
     counts: dict[str, int] = field(default_factory=dict)
     letters: dict[str, int] = field(default_factory=dict)
     added: list[int] = field(default_factory=list)
+    columns: dict[str, int] = field(default_factory=dict)
 
     def bad_row(self, origin: str, error: RowError) -> None:
         """Counts a row that is wrong; alike ones share a note."""
@@ -119,6 +142,11 @@ class Tally:
         """Counts a row of some kind."""
         self.counts[name] = self.counts.get(name, 0) + 1
 
+    def column(self, name: str, rows: int = 1) -> None:
+        """Counts rows with something in a column that nothing reads."""
+        if name in self.columns or len(self.columns) < _COLUMNS:
+            self.columns[name] = self.columns.get(name, 0) + rows
+
     def merge(self, other: Tally) -> None:
         """Takes in the tally of the rows that follow."""
         self.rows += other.rows
@@ -131,6 +159,8 @@ class Tally:
         ):
             for key, number in theirs.items():
                 mine[key] = mine.get(key, 0) + number
+        for name, number in other.columns.items():
+            self.column(name, number)
         for note in other.bad.values():
             _merge_bad(self.bad, note)
         for code, note in other.notes.items():

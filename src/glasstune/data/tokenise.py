@@ -220,6 +220,8 @@ class _Bar:
             self.progress.advance(_BAR, step, **fields)
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends it, at its end: parts of a unit were not shown."""
         if self.progress is not None:
+            if self.done:
+                self.progress.advance(_BAR, self.total - self.shown)
             self.progress.finish(_BAR)

@@ -19,7 +19,7 @@ from glasstune.data import checks
 from glasstune.data.chunks import Chunk
 from glasstune.data.encode import Encoded, encode_examples
 from glasstune.data.errors import RowError
-from glasstune.data.formats import Example, Format, InputJoin, to_example
+from glasstune.data.formats import Example, Format, InputJoin, read_keys, to_example
 from glasstune.data.read import BadRow, RawRow, ReadStats
 from glasstune.data.shards import Row
 from glasstune.data.split import text_key
@@ -32,6 +32,8 @@ _BATCH = 256
 """Rows that go through the tokenizer together."""
 _HUGE = 200_000
 """Characters of one text from which a row may be found too long without tokenising it."""
+_MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 _JSON = (str, int, float, bool, type(None))
 
 
@@ -142,6 +144,7 @@ class Worker:
         self, shape: Shape, rows: Sequence[RawRow | BadRow], tally: Tally
     ) -> Iterator[Example]:
         join = input_join(self.task.template)
+        read = read_keys(shape.format, shape.columns)
         for row in rows:
             if isinstance(row, BadRow):
                 tally.bad_row(row.origin, RowError(row.code, row.message))
@@ -158,8 +161,27 @@ class Worker:
             except RowError as error:
                 tally.bad_row(row.origin, error)
                 continue
+            if unread := row.value.keys() - read:
+                self._note_unread(row, sorted(map(str, unread)), tally)
             if not self._surely_too_long(example, tally):
                 yield example
+
+    def _note_unread(self, row: RawRow, columns: Sequence[str], tally: Tally) -> None:
+        """Notes columns that are left out, images most of all."""
+        for name in columns:
+            if row.value.get(name) in _NOTHING:
+                continue
+            if name in _MEDIA:
+                tally.note(
+                    "media_left_out",
+                    "warning",
+                    row.origin,
+                    f"{{count}} rows bring more than text (the first: {name!r}), which is not "
+                    "trained: only their text is",
+                    "take these rows out, unless their texts make sense alone",
+                )
+            elif not self.task.keep_columns:
+                tally.column(name)
 
     def _surely_too_long(self, example: Example, tally: Tally) -> bool:
         """Drops a row with a text of megabytes before it costs minutes in the tokenizer."""
