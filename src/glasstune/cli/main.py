@@ -19,6 +19,7 @@ from glasstune.cli import (  # noqa: F401 - they register commands
     chat,
     inspect,
     merge,
+    plan,
     prepare,
     train,
     unbuilt,

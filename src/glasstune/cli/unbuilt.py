@@ -13,12 +13,6 @@ Rest = Annotated[list[str] | None, typer.Argument(metavar="...", help="Anything.
 
 
 @app.command(context_settings=NOT_BUILT)
-def plan(rest: Rest = None, json: JsonOption = None) -> None:
-    """Foretell memory, time and disk of a run (not built yet)."""
-    not_built("glasstune plan", "glasstune train CONFIG --dry-run checks data and config")
-
-
-@app.command(context_settings=NOT_BUILT)
 def report(rest: Rest = None, json: JsonOption = None) -> None:
     """Write a run's report.html again (not built yet)."""
     not_built("glasstune report", "metrics.jsonl and run.json hold the numbers")
