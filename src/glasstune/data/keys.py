@@ -117,10 +117,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     digest.update(json.dumps(tokenizer.get_added_vocab(), sort_keys=True).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        state = json.loads(backend.to_str())
-        for passing in ("truncation", "padding"):  # what the last call left behind
-            state.pop(passing, None)
-        digest.update(json.dumps(state, sort_keys=True).encode())
+        # Truncation and padding stand first: what the last call left behind. All else is sorted.
+        digest.update(backend.to_str().partition('"added_tokens"')[2].encode())
         return digest.hexdigest()
     try:  # a slow tokenizer, maybe with Python code of its own
         digest.update(inspect.getsource(type(tokenizer)).encode())

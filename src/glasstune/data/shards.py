@@ -103,18 +103,38 @@ def to_batch(rows: Sequence[Row], *, keep_columns: bool, base: str = "") -> pa.R
         "ids": _lists(ids, ends.astype(np.int32)),
         "spans": _lists(*spans),
         "other": _lists(*other),
-        "trained": pa.array(np.diff(sums[ends]).astype(np.int32)),
-        "origin": pa.array([row.origin.removeprefix(base) for row in rows], pa.string()),
-        "key": pa.array([row.key for row in rows], pa.binary(KEY_BYTES)),
+        "trained": _numbers(np.diff(sums[ends])),
+        "origin": _texts([row.origin.removeprefix(base) for row in rows]),
+        "key": pa.Array.from_buffers(
+            pa.binary(KEY_BYTES), len(rows), [None, pa.py_buffer(b"".join(row.key for row in rows))]
+        ),
     }
     if keep_columns:
-        texts = [json.dumps(dict(row.columns), ensure_ascii=False) for row in rows]
-        arrays[_COLUMNS] = pa.array(texts, pa.string())
+        arrays[_COLUMNS] = _texts(
+            [json.dumps(dict(row.columns), ensure_ascii=False) for row in rows]
+        )
     return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
 
 
+# `pa.array` and `to_numpy` would do the same, but they import pandas: a third of a second and
+# tens of megabytes in every process.
+
+
+def _numbers(values: NDArray[Any]) -> pa.Int32Array:
+    whole = np.ascontiguousarray(values, dtype=np.int32)
+    return pa.Array.from_buffers(pa.int32(), len(whole), [None, pa.py_buffer(whole)])
+
+
+def _texts(texts: Sequence[str]) -> pa.StringArray:
+    raw = [text.encode() for text in texts]
+    ends = np.zeros(len(raw) + 1, dtype=np.int32)
+    np.cumsum([len(each) for each in raw], out=ends[1:])
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(raw))]
+    return pa.Array.from_buffers(pa.string(), len(raw), buffers)
+
+
 def _lists(values: IntArray, ends: IntArray) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
+    return pa.ListArray.from_arrays(_numbers(ends), _numbers(values))
 
 
 def batch_bytes(batch: pa.RecordBatch) -> pa.Buffer:
@@ -125,12 +145,20 @@ def batch_bytes(batch: pa.RecordBatch) -> pa.Buffer:
     return sink.getvalue()
 
 
+def _view(column: pa.Int32Array) -> IntArray:
+    """Returns a column as it lies in memory or in its file."""
+    buffer = column.buffers()[1]
+    if not len(column) or buffer is None:
+        return np.zeros(0, dtype=np.int32)
+    return np.frombuffer(buffer, dtype=np.int32, count=len(column), offset=4 * column.offset)
+
+
 class _Lists:
     """A column of integer lists as one array and its ends."""
 
     def __init__(self, column: pa.ListArray) -> None:
-        self.values: IntArray = column.values.to_numpy(zero_copy_only=True)
-        self.ends: IntArray = column.offsets.to_numpy(zero_copy_only=True)
+        self.values = _view(column.values)
+        self.ends = _view(column.offsets)
 
     def one(self, row: int) -> IntArray:
         return self.values[self.ends[row] : self.ends[row + 1]]
@@ -162,7 +190,7 @@ class Shard:
         self.ids = _Lists(batch.column("ids"))
         self.spans = _Lists(batch.column("spans"))
         self.other = _Lists(batch.column("other"))
-        self.trained: IntArray = batch.column("trained").to_numpy(zero_copy_only=True)
+        self.trained = _view(batch.column("trained"))
         self._origins = batch.column("origin")
         self._keys = batch.column("key")
         self._columns = columns
