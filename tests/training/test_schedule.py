@@ -6,13 +6,12 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from glasstune.core.choices import Choices
 from glasstune.core.config import Config, TrainingConfig
 from glasstune.data.packing import PackedSet
 from glasstune.training.batching import Schedule, make_schedule
-from glasstune.training.dropout import RowDropout, RowSeeds, mix
+from glasstune.training.dropout import mix
 from glasstune.training.schedule import learning_rate
 
 
@@ -75,23 +74,6 @@ def test_forwards_are_equal_parts_that_fit(batch: int, length: int, micro: int) 
         training={"train_batch_size": batch},
     )  # fmt: skip
     assert make_schedule(config, data, "cpu", Choices()).micro == micro
-
-
-def test_row_dropout_depends_on_the_row_alone() -> None:
-    seeds = RowSeeds(seed=1)
-    layer = RowDropout(0.4, "layer", seeds)
-    x = torch.ones(4, 9, 16)
-    whole = layer(x)
-    seeds.position = 2
-    assert torch.equal(layer(x[2:]), whole[2:])  # another split of the same rows
-    torch.rand(7)  # somebody draws from the global stream
-    assert torch.equal(layer(x[2:]), whole[2:])
-    assert not torch.equal(whole[0], whole[1])
-    kept = (whole != 0).float().mean().item()
-    assert kept == pytest.approx(0.6, abs=0.08)
-    assert whole.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
-    layer.eval()
-    assert layer(x) is x
 
 
 def test_seeds_are_stable_across_processes() -> None:

@@ -119,7 +119,13 @@ def _one_adapter(layer: Any, name: str, in_training: bool) -> LoraState:
         if dropout.p > 0 and (dropout.training or in_training):
             return LoraState("grouped", f"dropout {dropout.p:g} in training (wide in evaluation)")
     elif type(dropout) is not nn.Identity:
-        return LoraState("grouped", f"{type(dropout).__name__} on the adapter's input")
+        # The trainer's seeded dropout too, and in evaluation as well: a base that goes into M for
+        # an evaluation and out again for a checkpoint would be compiled anew each time.
+        share = getattr(dropout, "p", None)
+        named = f"{type(dropout).__name__} on the adapter's input"
+        return LoraState(
+            "grouped", f"dropout {share:g}" if isinstance(share, (int, float)) else named
+        )
     if not all(type(part) is nn.Linear for part in (down, up)):
         return LoraState("grouped", "A or B is no plain linear layer")
     if up.bias is not None:

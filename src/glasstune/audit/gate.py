@@ -6,7 +6,7 @@ first learning rate of zero leaves a healthy one in place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,8 @@ class FirstStepGate:
         allow: Glob patterns of tensor names that may stay dead.
         calls_seen: Whether modules' calls can be seen; inside a region of torch.compile they
             cannot, and a tensor without a gradient is then dead, not waited for.
+        look: Runs the forwards of an update's micro-batches so that calls are seen. It is asked
+            where calls are hidden and a tensor got no gradient.
     """
 
     def __init__(
@@ -88,9 +90,12 @@ class FirstStepGate:
         allow: Sequence[str] = (),
         *,
         calls_seen: bool = True,
+        look: Callable[[Sequence[MicroBatch]], None] | None = None,
     ) -> None:
         self.mode = mode
-        self.calls_seen = calls_seen
+        self.calls_seen = calls_seen or look is not None
+        self.look = None if calls_seen else look
+        self._batches: list[MicroBatch] = []
         self.parameters = {
             name: value for name, value in model.named_parameters() if value.requires_grad
         }
@@ -125,6 +130,7 @@ class FirstStepGate:
         if self.done:
             return
         self._terms = set()
+        self._batches = []
         for state in self.states.values():
             state.called_now = not self.calls_seen
             state.called |= state.called_now
@@ -137,6 +143,8 @@ class FirstStepGate:
     ) -> None:
         """Remembers which terms with a weight above zero take part in this update."""
         self._terms.update(name for name, (scale, _) in terms.items() if scale != 0)
+        if self.look is not None and not self.done:
+            self._batches.append(batch)
 
     def after_backward(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """Reads every gradient at one host copy."""
@@ -155,10 +163,27 @@ class FirstStepGate:
                 state.has_gradient = True
                 state.finite &= value == value and value != float("inf")
                 state.nonzero |= value != 0
+        self._look_at_hidden_calls(model, names)
         for name, state in self.states.items():
             state.in_optimizer = id(self.parameters[name]) in held
             partner = self._partner(name)
             state.excused = partner is not None and not bool(self._before[partner].any())
+
+    def _look_at_hidden_calls(self, model: nn.Module, reached: Sequence[str]) -> None:
+        """A gradient tells of a call; where one is missing, the forwards are run once more."""
+        if self.look is None:
+            return
+        for name in reached:
+            self.states[name].called = self.states[name].called_now = True
+        if len(reached) == len(self.states):
+            return
+        handles = self._watch_calls(model)
+        try:
+            self.look(self._batches)
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._batches = []
 
     def _partner(self, name: str) -> str | None:
         for mine, other in PARTNERS:

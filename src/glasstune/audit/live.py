@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from glasstune.audit.norms import live_norms
@@ -77,7 +78,7 @@ class LiveAudit:
         }
         self._update: UpdateAudit | None = None
         self._made = 0  # updates of this start
-        self._norms: Tensor | None = None
+        self._norms: Callable[[], Tensor] | None = None
         self._told: set[tuple[str, str]] = set()
         self._file: IO[str] | None = None
 
@@ -109,12 +110,12 @@ class LiveAudit:
         if self._update is not None:
             self._update.after_backward(step, model, optimizer)
         if self.on and (step % self.log_every == 0 or step == self.total):
-            self._norms = live_norms(list(self.parameters.values()))
+            self._norms = _on_its_way(live_norms(list(self.parameters.values())))
 
     def after_update(self, step: int, model: nn.Module, learning_rate: float) -> Sequence[Finding]:
         """Writes the rows of this update; returns what was not told before, never an error."""
         if self._norms is not None:
-            self._write("norms", {"step": step, **norms_row(list(self.parameters), self._norms)})
+            self._write("norms", {"step": step, **norms_row(list(self.parameters), self._norms())})
         found: list[Finding] = []
         record = self._record(step)
         if record is not None:
@@ -177,6 +178,26 @@ class LiveAudit:
                 self._file = self.path.open("a", encoding="utf-8")
             self._file.write(dump_json(_rounded(row)) + "\n")
             self._file.flush()
+
+
+def _on_its_way(tensor: Tensor) -> Callable[[], Tensor]:
+    """Starts a copy to the host; what is returned waits for it.
+
+    The loop reads its losses after that, so the numbers are there when they are asked for, and
+    the device is waited for once an update.
+    """
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
 
 
 def norms_row(names: Sequence[str], measured: Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from glasstune.core.protocols import Progress
 from glasstune.data.loader import evaluation_batches
 from glasstune.data.packing import PackedSet
 from glasstune.kernels.linear_cross_entropy import token_losses
+from glasstune.training.inputs import to_device
 from glasstune.training.step import AdaptedModel
 
 
@@ -47,7 +48,8 @@ def heldout_loss(
     was_training = adapted.model.training
     adapted.model.eval()
     progress.start(task, data.rows, "rows")
-    total, count = 0.0, 0
+    total = torch.zeros((), dtype=torch.float64, device=adapted.device)  # read once, at the end
+    count = 0
     try:
         with torch.random.fork_rng(devices=[], enabled=True):
             for batch in evaluation_batches(data, rows, pad_id):
@@ -55,15 +57,15 @@ def heldout_loss(
                 with adapted.precision():
                     hidden = adapted.trained_hidden(batch, 0)
                     flat = batch.targets.reshape(-1)
-                    targets = torch.from_numpy(flat[flat != IGNORED]).to(adapted.device)
+                    targets = to_device(torch.from_numpy(flat[flat != IGNORED]), adapted.device)
                     losses, _ = token_losses(hidden, adapted.head, targets, adapted.vocabulary)
-                total += float(losses.sum(dtype=torch.float64))
+                total += losses.sum(dtype=torch.float64)
                 count += len(targets)
                 progress.advance(task, len(batch.bounds))
     finally:
         progress.finish(task)
         adapted.model.train(was_training)
-    loss = total / count if count else float("nan")
+    loss = float(total) / count if count else float("nan")
     if not abs(loss) < float("inf"):
         raise RunError(
             "non_finite_eval_loss",

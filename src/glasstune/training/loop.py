@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from glasstune.adapters.state import restore_state
 from glasstune.core.errors import RunError
 from glasstune.core.findings import Finding
 from glasstune.core.tensors import load_tensors
+from glasstune.fast.speed_up import plain
 from glasstune.training import checkpoint as checkpoints
 from glasstune.training.batching import Update, evaluation_interval, updates
 from glasstune.training.checkpoint import LoopState
 from glasstune.training.heldout import heldout_loss
 from glasstune.training.metrics import MetricsLog, peak_memory_bytes
 from glasstune.training.nonfinite import NonFinite, guilty_of_gradient, looked_into
-from glasstune.training.optimizer import move
+from glasstune.training.optimizer import gradient_norm, move
 from glasstune.training.run import Outcome, Run, StoppedBy, Window
 from glasstune.training.signals import Interrupted, SignalHook, SignalWatch
-from glasstune.training.step import UpdateResult, compute_update
+from glasstune.training.step import UpdateResult, compute_update, launch_update
 
 SAVE_EVERY_SECONDS = 600
 
@@ -38,6 +41,8 @@ class Loop:
         self.window = Window()
         self._idle_rows = 0
         self._rate = 0.0
+        self._stream: Iterator[Update] = iter(())
+        self._ahead: Update | None = None
         self._started = time.monotonic() - state.seconds
         self._last_save = time.monotonic()
         saves = run.config.training.save_steps
@@ -82,12 +87,12 @@ class Loop:
         run.adapted.model.train()
         run.progress.start("train", total, "updates")
         run.progress.advance("train", state.step)
-        stream = updates(
+        self._stream = updates(
             run.schedule, run.train, training.seed, state.epoch, state.position,
             run.config.data.num_workers, run.pad_id,
         )  # fmt: skip
         while state.step < total:
-            update = next(stream, None)
+            update = self._next_update()
             if update is None:
                 break
             self.watch.check()
@@ -107,6 +112,15 @@ class Loop:
                 self._evaluate()
         self._save(force=True)
         return "done"
+
+    def _next_update(self) -> Update | None:
+        update, self._ahead = self._ahead, None
+        return next(self._stream, None) if update is None else update
+
+    def _prepare_next(self) -> None:
+        """Makes the rows of the next update while the device computes this one."""
+        if self._ahead is None and self.state.step + 1 < self.run.schedule.total:
+            self._ahead = next(self._stream, None)
 
     def _update(self, update: Update) -> bool:
         """Computes one update; returns False where it trained nothing and so was none."""
@@ -129,7 +143,7 @@ class Loop:
         self._move_to(update)
         self.window.add(result, time.monotonic() - started)
         self._log(step)
-        self._ask_hooks(step, self._rate)
+        self._ask_hooks(update, step, self._rate)
         return True
 
     def _compute(self, update: Update, step: int) -> UpdateResult | None:
@@ -137,38 +151,49 @@ class Loop:
         run = self.run
         for hook in run.every_hook:
             hook.before_update(step)
-        result = compute_update(
+        launched = launch_update(
             run.adapted, run.terms, update.micro_batches, step, update.epoch,
             (*run.every_hook, SignalHook(self.watch)), counting=run.audit,
         )  # fmt: skip
-        if result is not None:
-            for hook in run.every_hook:
-                hook.after_backward(step, run.adapted.model, run.optimizer)
-            result.grad_norm, self._rate = move(
-                run.parameters, run.optimizer, run.config.training, step, run.schedule.total
-            )
+        if launched is None:
+            return None
+        for hook in run.every_hook:
+            hook.after_backward(step, run.adapted.model, run.optimizer)
+        norm = gradient_norm(run.parameters).to(launched.sums)
+        both = torch.cat([launched.sums, norm.reshape(1)])
+        self._prepare_next()
+        *sums, total = both.tolist()  # the update's one wait for the device
+        result = launched.read(sums)
+        result.grad_norm, self._rate = move(
+            run.parameters, run.optimizer, run.config.training, step, run.schedule.total,
+            (norm, total),
+        )  # fmt: skip
         return result
 
     def _looked_into(self, error: NonFinite, update: Update, step: int) -> NonFinite:
         run, audit = self.run, self.run.audit
         batches, epoch = update.micro_batches, update.epoch
-
-        def replay() -> None:
-            hooks = () if audit is None else (audit,)
-            compute_update(
-                run.adapted, run.terms, batches, step, epoch, hooks, counting=audit, check=False
+        if run.adapted.speed is not None:
+            error.message += "; looked at again without compiled blocks and joined products"
+        with plain(run.adapted.model):
+            return looked_into(
+                error,
+                step=step,
+                find_rows=lambda: guilty_of_gradient(
+                    run.adapted, run.terms, batches, run.parameters, step, epoch
+                ),
+                audit=audit,
+                replay=lambda: self._replay(update, step),
+                forget=lambda: run.optimizer.zero_grad(set_to_none=True),
             )
 
-        return looked_into(
-            error,
-            step=step,
-            find_rows=lambda: guilty_of_gradient(
-                run.adapted, run.terms, batches, run.parameters, step, epoch
-            ),
-            audit=audit,
-            replay=replay,
-            forget=lambda: run.optimizer.zero_grad(set_to_none=True),
-        )
+    def _replay(self, update: Update, step: int) -> None:
+        """Computes an update again with the audit as its only hook."""
+        run, audit = self.run, self.run.audit
+        compute_update(
+            run.adapted, run.terms, update.micro_batches, step, update.epoch,
+            () if audit is None else (audit,), counting=audit, check=False,
+        )  # fmt: skip
 
     def _move_to(self, update: Update) -> None:
         state = self.state
@@ -190,7 +215,7 @@ class Loop:
                 "the sources",
             )
 
-    def _ask_hooks(self, step: int, rate: float) -> None:
+    def _ask_hooks(self, update: Update, step: int, rate: float) -> None:
         for hook in self.run.every_hook:
             found = list(hook.after_update(step, self.run.adapted.model, rate))
             self.findings.extend(found)
@@ -201,7 +226,7 @@ class Loop:
             if dead:
                 names = ", ".join(item.where for item in dead[:6])
                 more = f" and {len(dead) - 6} more" if len(dead) > 6 else ""
-                why = self._why(step, [item.where for item in dead])
+                why = self._why(update, step, [item.where for item in dead])
                 raise RunError(
                     "first_step_gate",
                     f"{len(dead)} trained tensors do not learn: {names}{more}. "
@@ -211,9 +236,22 @@ class Loop:
                     "of tensors that may stay dead",
                 )
 
-    def _why(self, step: int, names: Sequence[str]) -> str:
+    def _why(self, update: Update, step: int, names: Sequence[str]) -> str:
         """The audit's evidence, for the first tensor that it can explain."""
-        known = {} if self.run.audit is None else self.run.audit.explain(step, names)
+        run, audit = self.run, self.run.audit
+        if audit is None:
+            return ""
+        if run.adapted.compiled:  # which hides it: the update is computed once more without
+            try:
+                with plain(run.adapted.model):
+                    audit.examine(
+                        step, lambda: self._replay(update, step), rows=(), error="first_step_gate"
+                    )
+            except Exception as error:  # the gate's verdict is the one to be seen
+                return f": looking into it failed: {type(error).__name__}: {error}"
+            finally:
+                run.optimizer.zero_grad(set_to_none=True)
+        known = audit.explain(step, names)
         for name, text in known.items():
             return f": {text}" if name == names[0] else f"; {name}: {text}"
         return ""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from glasstune.core.batch import IGNORED, Document, MicroBatch
 from glasstune.core.errors import RunError
 from glasstune.core.protocols import StepAudit
+from glasstune.fast.speed_up import plain
 from glasstune.training.terms import Term, term_sums
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def check_finite(
     adapted: AdaptedModel,
     terms: Sequence[Term],
     batches: Sequence[MicroBatch],
-    sums: Sequence[tuple[int, str, Tensor]],
+    sums: Sequence[tuple[int, str]],
     values: Sequence[float],
     step: int,
     epoch: int,
@@ -51,7 +51,7 @@ def check_finite(
         adapted: The model.
         terms: All terms.
         batches: The update's micro-batches.
-        sums: (index of the micro-batch, name of the term, its sum).
+        sums: (index of the micro-batch, name of the term).
         values: The sums on the host.
         step: 1-based number of the update.
         epoch: 0-based epoch.
@@ -59,7 +59,7 @@ def check_finite(
     Raises:
         NonFinite: `non_finite_loss`, naming step, term and the rows that cause it.
     """
-    for (index, name, _), value in zip(sums, values, strict=True):
+    for (index, name), value in zip(sums, values, strict=True):
         if math.isfinite(value):
             continue
         batch = batches[index]
@@ -88,11 +88,15 @@ def guilty_of_loss(
     step: int,
     epoch: int,
 ) -> list[Document]:
-    """Replays each document alone; returns those in which one of these terms is not finite."""
+    """Replays each document alone; returns those in which one of these terms is not finite.
+
+    As PEFT computes it: every document has a length of its own, and compiled blocks would be
+    compiled for each.
+    """
     guilty: list[Document] = []
     for batch in batches:
         for document in batch.documents:
-            with adapted.precision():
+            with plain(adapted.model), adapted.precision():
                 alone = adapted.loss_batch(single_document(document, batch.position), step, epoch)
                 found = term_sums(terms, alone)
             if any(not bool(torch.isfinite(total)) for total, _ in found.values()):
@@ -113,7 +117,7 @@ def guilty_of_gradient(
     values = list(parameters.values())
     for batch in batches:
         for document in batch.documents:
-            with adapted.precision():
+            with plain(adapted.model), adapted.precision():
                 alone = adapted.loss_batch(single_document(document, batch.position), step, epoch)
                 found = term_sums(terms, alone)
             parts = [

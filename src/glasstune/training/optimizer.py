@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -63,40 +64,40 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def clip_gradients(parameters: Mapping[str, Parameter], max_norm: float, step: int) -> float:
-    """Clips to a global norm and returns the norm before.
+def gradient_norm(parameters: Mapping[str, Parameter]) -> Tensor:
+    """Norm of all gradients together, a scalar on the device; those without are passed over."""
+    gradients = [value.grad for value in parameters.values() if value.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def check_norm(norm: float, parameters: Mapping[str, Parameter], step: int) -> None:
+    """Stops where the gradients are not finite.
 
     Args:
-        parameters: Trained tensors; those without gradient are passed over.
-        max_norm: Upper bound; 0 = measure only.
+        norm: Of all gradients.
+        parameters: Trained tensors.
         step: 1-based number of the update, for the message.
 
     Raises:
         NonFinite: A gradient is not finite; names the tensors.
     """
-    gradients = [value.grad for value in parameters.values() if value.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    total = float(norm)
-    if not total < float("inf"):  # NaN too
-        bad = [
-            name
-            for name, value in parameters.items()
-            if value.grad is not None and not bool(torch.isfinite(value.grad).all())
-        ]
-        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
-        raise NonFinite(
-            "non_finite_gradient",
-            f"the gradient at step {step} is not finite in {len(bad)} of {len(parameters)} "
-            f"tensors: {', '.join(bad[:4])}{more}"
-            if bad
-            else f"the gradient norm at step {step} overflows ({total})",
-            where=f"step {step}",
-            fix="look at these rows, lower the learning rate, or train in bfloat16 or float32"
-            + KEPT,
-        )
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), max_norm, norm)
-    return total
+    if norm < float("inf"):  # not so for NaN
+        return
+    bad = [
+        name
+        for name, value in parameters.items()
+        if value.grad is not None and not bool(torch.isfinite(value.grad).all())
+    ]
+    more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+    raise NonFinite(
+        "non_finite_gradient",
+        f"the gradient at step {step} is not finite in {len(bad)} of {len(parameters)} "
+        f"tensors: {', '.join(bad[:4])}{more}"
+        if bad
+        else f"the gradient norm at step {step} overflows ({norm})",
+        where=f"step {step}",
+        fix="look at these rows, lower the learning rate, or train in bfloat16 or float32" + KEPT,
+    )
 
 
 def move(
@@ -105,15 +106,17 @@ def move(
     config: TrainingConfig,
     step: int,
     total: int,
+    measured: tuple[Tensor, float] | None = None,
 ) -> tuple[float, float]:
     """Clips, sets the update's learning rate, moves the weights and drops the gradients.
 
     Args:
         parameters: Trained tensors.
         optimizer: Over exactly those.
-        config: Clipping and the schedule of the learning rate.
+        config: Clipping (0 = measure only) and the schedule of the learning rate.
         step: 1-based number of the update.
         total: Updates of the whole run.
+        measured: `gradient_norm`, on the device and on the host, where it was read before.
 
     Returns:
         (gradient norm before clipping, learning rate).
@@ -121,9 +124,16 @@ def move(
     Raises:
         NonFinite: A gradient is not finite; nothing has moved.
     """
-    norm = clip_gradients(parameters, config.max_grad_norm, step)
+    if measured is None:
+        norm = gradient_norm(parameters)
+        measured = norm, float(norm)
+    check_norm(measured[1], parameters, step)
+    if config.max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(
+            list(parameters.values()), config.max_grad_norm, measured[0]
+        )
     rate = learning_rate(config, step, total)
     set_learning_rate(optimizer, rate)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm, rate
+    return measured[1], rate

@@ -6,20 +6,25 @@ Shape letters: R rows of a micro-batch, L tokens of a row, N trained positions, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from glasstune.adapters.base import base_only
 from glasstune.core.batch import IGNORED, MicroBatch
 from glasstune.core.protocols import CountsTaker, StepHook
+from glasstune.core.speed import SpeedRecord
+from glasstune.fast.report import SpeedReport
+from glasstune.fast.speed_up import plain
 from glasstune.models.families.install import packing_kwargs
 from glasstune.models.head import HeadSplit
 from glasstune.training.dropout import RowSeeds, mix
+from glasstune.training.inputs import FixedShape, Inputs, inputs_of, to_device
 from glasstune.training.nonfinite import check_finite
 from glasstune.training.terms import LossBatch, Term, term_sums
 
@@ -37,6 +42,10 @@ class AdaptedModel:
         source_weights: `loss_weight` of each data source.
         seed: The run's seed.
         rows: Seeds of the rows in flight, shared with the adapters' dropout.
+        shape: What packed batches are padded to where blocks are compiled.
+        speed: What `speed_up` did, where it was used.
+        speed_record: How each adapted module is computed.
+        after: What else is undone with it.
 
     Attributes:
         bare_head: Whether the loss may take the head's frozen weight instead of calling the head.
@@ -50,12 +59,28 @@ class AdaptedModel:
     source_weights: Sequence[float]
     seed: int
     rows: RowSeeds = field(default_factory=RowSeeds)
+    shape: FixedShape | None = None
+    speed: SpeedReport | None = None
+    speed_record: SpeedRecord | None = None
+    after: list[Callable[[], object]] = field(default_factory=list)
     bare_head: bool = field(init=False)
 
     def __post_init__(self) -> None:
         # Asked once, before any audit: its hooks on the head only look, and must not choose
         # another way to the loss, which would be another rounding.
         self.bare_head = self.split.bare
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled regions hide the calls inside them."""
+        return self.speed_record is not None and bool(self.speed_record.compiled)
+
+    def slow_down(self) -> None:
+        """Takes back what was sped up, and torch's settings with it."""
+        if self.speed is not None:
+            self.speed.undo()
+        while self.after:
+            self.after.pop()()
 
     def precision(self) -> AbstractContextManager[Any]:
         """The autocast context of every forward."""
@@ -66,22 +91,24 @@ class AdaptedModel:
     def hidden(self, batch: MicroBatch) -> Tensor:
         """Runs the backbone; returns its output, float [R, L, d].
 
-        Where the model has no proven split before its head, these are its logits, [R, L, V].
+        Where the model has no proven split before its head, these are its logits, [R, L, V]. R
+        and L are those of `shape`.
         """
-        inputs: dict[str, Any] = {
-            "input_ids": torch.from_numpy(batch.input_ids).to(self.device, non_blocking=True),
-            "use_cache": False,
-        }
-        if batch.packed:
-            positions = torch.from_numpy(batch.position_ids)
-            inputs["position_ids"] = positions.to(self.device, non_blocking=True)
-            inputs.update(packing_kwargs(self.model, batch.bounds, self.device))
+        return self._hidden(inputs_of(batch, self.shape), batch.packed)
+
+    def _hidden(self, given: Inputs, packed: bool) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": self._there(given.input_ids), "use_cache": False}
+        if packed:
+            inputs["position_ids"] = self._there(given.position_ids)
+            inputs.update(packing_kwargs(self.model, given.bounds, self.device))
         else:
-            mask = torch.from_numpy(batch.attention_mask)
-            inputs["attention_mask"] = mask.to(self.device, non_blocking=True)
+            inputs["attention_mask"] = self._there(given.attention_mask)
         if self.split.proven:
             return self.split.hidden(self.model, **inputs)
         return self.split.full_logits(self.model, **inputs)
+
+    def _there(self, values: NDArray[Any]) -> Tensor:
+        return to_device(torch.from_numpy(values), self.device)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Maps `hidden`'s output to logits; the identity where the model has no proven split."""
@@ -89,12 +116,12 @@ class AdaptedModel:
 
     def trained_hidden(self, batch: MicroBatch, epoch: int) -> Tensor:
         """Backbone output at the trained positions, [N, d], under this batch's own seeds."""
-        self.rows.seed, self.rows.epoch, self.rows.position = self.seed, epoch, batch.position
+        given = inputs_of(batch, self.shape)
+        self.rows.place(self.seed, epoch, batch.position, given.rows, self.device)
         # The base model's own dropout draws from the global stream: the same for the same rows.
         torch.manual_seed(mix(self.seed, epoch, batch.position, "base"))
-        hidden_RLd = self.hidden(batch)
-        index_N = torch.from_numpy(batch.targets.reshape(-1) != IGNORED).nonzero().squeeze(-1)
-        return hidden_RLd.flatten(0, 1)[index_N.to(self.device, non_blocking=True)]
+        hidden_RLd = self._hidden(given, batch.packed)
+        return hidden_RLd.flatten(0, 1).index_select(0, self._there(given.trained))
 
     def loss_batch(self, batch: MicroBatch, step: int, epoch: int) -> LossBatch:
         """Runs the forward and gathers what the terms need."""
@@ -112,8 +139,8 @@ class AdaptedModel:
         names = sorted({name for document in batch.documents for name in document.columns})
         return LossBatch(
             hidden=hidden_Nd,
-            labels=torch.from_numpy(flat[trained]).to(self.device, non_blocking=True),
-            documents=documents.to(self.device, non_blocking=True),
+            labels=self._there(flat[trained]),
+            documents=to_device(documents, self.device),
             sources=source_of[documents],
             source_weights=self.source_weights,
             columns={name: [doc.columns.get(name) for doc in batch.documents] for name in names},
@@ -124,6 +151,21 @@ class AdaptedModel:
             base=base,
             adapters_off=lambda: base_only(self.model),
         )
+
+
+def run_plainly(
+    adapted: AdaptedModel, terms: Sequence[Term], batches: Sequence[MicroBatch]
+) -> None:
+    """Runs the forwards of an update without gradients as PEFT alone would, for who watches calls.
+
+    Args:
+        adapted: The model.
+        terms: Loss terms.
+        batches: The update's micro-batches; of the epoch in flight.
+    """
+    with torch.no_grad(), plain(adapted.model), adapted.precision():
+        for batch in batches:
+            term_sums(terms, adapted.loss_batch(batch, 1, adapted.rows.epoch))
 
 
 @dataclass
@@ -181,7 +223,62 @@ def trained_sources(batch: MicroBatch) -> Tensor:
     return source_of[torch.from_numpy(documents).long()]
 
 
-def compute_update(
+@dataclass
+class Launched:
+    """An update whose backward is under way: its sums are still on the device.
+
+    Args:
+        adapted: The model.
+        terms: All terms.
+        batches: Its micro-batches.
+        step: 1-based number of the update.
+        epoch: 0-based epoch.
+        counts: Of each term over the whole update.
+        parts: (index of the micro-batch, name of the term) of each sum.
+        sums: fp32 [K] on the device.
+    """
+
+    adapted: AdaptedModel
+    terms: Sequence[Term]
+    batches: Sequence[MicroBatch]
+    step: int
+    epoch: int
+    counts: dict[str, float]
+    parts: list[tuple[int, str]]
+    sums: Tensor
+
+    def read(self, sums: Sequence[float], *, check: bool = True) -> UpdateResult:
+        """Makes the result.
+
+        Args:
+            sums: The sums on the host.
+            check: Whether a sum that is not finite stops.
+
+        Raises:
+            NonFinite: A sum is not finite; names term and rows.
+        """
+        if check:
+            check_finite(
+                self.adapted, self.terms, self.batches, self.parts, sums, self.step, self.epoch
+            )
+        counts, totals = self.counts, {term.name: 0.0 for term in self.terms}
+        for (_, name), value in zip(self.parts, sums, strict=True):
+            totals[name] += value
+        losses = {
+            name: totals[name] / counts[name] if counts.get(name) else None for name in totals
+        }
+        loss = sum(
+            term.config.weight_at(self.step) * (losses[term.name] or 0.0) for term in self.terms
+        )
+        return UpdateResult(
+            loss=loss,
+            losses=losses,
+            tokens=sum(batch.tokens for batch in self.batches),
+            trained_tokens=sum(batch.trained_tokens for batch in self.batches),
+        )
+
+
+def launch_update(
     adapted: AdaptedModel,
     terms: Sequence[Term],
     batches: Sequence[MicroBatch],
@@ -190,9 +287,8 @@ def compute_update(
     hooks: Sequence[StepHook] = (),
     *,
     counting: CountsTaker | None = None,
-    check: bool = True,
-) -> UpdateResult | None:
-    """Forwards and backwards of one update; gradients are left in `.grad`.
+) -> Launched | None:
+    """Forwards and backwards of one update, without waiting for a GPU.
 
     Args:
         adapted: The model.
@@ -202,13 +298,10 @@ def compute_update(
         epoch: 0-based epoch.
         hooks: Called before each backward with the terms.
         counting: Told the counts of the whole update before its first backward.
-        check: Whether a sum that is not finite stops.
 
     Returns:
-        The result, or None where the update has no trained token (then no gradient was made).
-
-    Raises:
-        NonFinite: A sum is not finite; names term and rows.
+        The update, whose gradients are left in `.grad`, or None where it has no trained token
+        (then no gradient was made).
     """
     counts = update_counts(adapted, terms, batches, step, epoch)
     if counts is not None and not any(counts.values()):
@@ -238,17 +331,41 @@ def compute_update(
     if not sums:
         return None
     assert counts is not None
-    values = torch.stack([value for _, _, value in sums]).tolist()  # the update's one host copy
-    if check:
-        check_finite(adapted, terms, batches, sums, values, step, epoch)
-    totals = {term.name: 0.0 for term in terms}
-    for (_, name, _), value in zip(sums, values, strict=True):
-        totals[name] += value
-    losses = {name: totals[name] / counts[name] if counts.get(name) else None for name in totals}
-    loss = sum(term.config.weight_at(step) * (losses[term.name] or 0.0) for term in terms)
-    return UpdateResult(
-        loss=loss,
-        losses=losses,
-        tokens=sum(batch.tokens for batch in batches),
-        trained_tokens=sum(batch.trained_tokens for batch in batches),
-    )
+    return Launched(
+        adapted, terms, batches, step, epoch, counts,
+        [(index, name) for index, name, _ in sums],
+        torch.stack([value for _, _, value in sums]),
+    )  # fmt: skip
+
+
+def compute_update(
+    adapted: AdaptedModel,
+    terms: Sequence[Term],
+    batches: Sequence[MicroBatch],
+    step: int,
+    epoch: int,
+    hooks: Sequence[StepHook] = (),
+    *,
+    counting: CountsTaker | None = None,
+    check: bool = True,
+) -> UpdateResult | None:
+    """`launch_update`, waited for.
+
+    Args:
+        adapted: The model.
+        terms: Loss terms.
+        batches: The update's micro-batches.
+        step: 1-based number of the update.
+        epoch: 0-based epoch.
+        hooks: Called before each backward with the terms.
+        counting: Told the counts of the whole update before its first backward.
+        check: Whether a sum that is not finite stops.
+
+    Returns:
+        The result, or None where the update has no trained token.
+
+    Raises:
+        NonFinite: A sum is not finite; names term and rows.
+    """
+    launched = launch_update(adapted, terms, batches, step, epoch, hooks, counting=counting)
+    return None if launched is None else launched.read(launched.sums.tolist(), check=check)

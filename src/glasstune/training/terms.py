@@ -29,6 +29,7 @@ from glasstune.kernels.linear_cross_entropy import (
     head_cross_entropy,
     linear_cross_entropy,
 )
+from glasstune.training.inputs import to_device
 
 BUILT_IN = ("next_token", "z_loss", "kl_to_base")
 
@@ -100,12 +101,16 @@ class LossBatch:
     @property
     def weights(self) -> Tensor:
         """`loss_weight` of each position's source, fp32 [N]."""
-        table = torch.tensor(self.source_weights, dtype=torch.float32)
-        return table[self.sources].to(self.hidden.device, non_blocking=True)
+        return to_device(self.host_weights, self.hidden.device)
+
+    @property
+    def host_weights(self) -> Tensor:
+        """`weights` on the CPU."""
+        return torch.tensor(self.source_weights, dtype=torch.float32)[self.sources]
 
     def select(self, keep: Tensor) -> LossBatch:
         """Returns the batch of the positions where `keep`, bool [N] on the CPU, holds."""
-        index = keep.nonzero().squeeze(-1).to(self.hidden.device)
+        index = to_device(keep.nonzero().squeeze(-1), self.hidden.device)
         base = self.base
         return replace(
             self,
@@ -302,7 +307,7 @@ def _cross_entropy_terms(
     }
     device = batch.hidden.device
     weights = {
-        term.name: batch.weights * term.keep(batch.sources).to(device)
+        term.name: to_device(batch.host_weights * term.keep(batch.sources), device)
         for term in terms
         if counts[term.name] > 0
     }

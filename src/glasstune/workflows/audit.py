@@ -203,11 +203,13 @@ class _Auditing:
 
         self.prepared, self.progress = prepared, progress
         self.config = prepared.config
-        opened = open_trained(prepared, self._note)
+        opened = open_trained(
+            prepared, self._note, plainly="the audit looks into every module, as PEFT computes it"
+        )
         self.adapted: AdaptedModel = opened[0]
         self.parameters: dict[str, Parameter] = opened[1]
         self.optimizer: Optimizer = opened[2]
-        self.gate = first_step_gate(self.config, self.adapted.model)
+        self.gate = first_step_gate(self.config, self.adapted)
 
     def _note(self, finding: Finding) -> None:
         self.progress.say(f"{finding.severity}: {finding.where}: {finding.message}")

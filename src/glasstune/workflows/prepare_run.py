@@ -90,6 +90,8 @@ def prepare(config: Config, choices: Choices, progress: Progress) -> Prepared:
     # The names of validation files come last; a term sees none of their rows.
     terms = resolve_terms(config.losses, data.sources[: len(config.data.sources)])
     device = choose_device(model.device, choices).type
+    if config.training.compile is True:
+        _check_compiler(device)
     _check_validation(config, data, choices)
     schedule = make_schedule(config, data.train, device, choices)
     record_intervals(config.training, schedule, choices)
@@ -112,9 +114,7 @@ def check_supported(config: Config) -> None:
     other = training.compute == "bf16" and model.dtype != "bfloat16"
     limit = training.distributed.timeout_seconds
     waiting = {
-        "training.recompute": training.recompute == "offload",
         "training.compute": training.compute == "fp8" or other,
-        "training.compile": training.compile is True,
         "training.distributed.strategy": training.distributed.strategy != "auto",
         "training.distributed.timeout_seconds": limit != DistributedConfig().timeout_seconds,
     }
@@ -144,6 +144,15 @@ def check_supported(config: Config) -> None:
             where="training.save_steps",
             fix="keep one of them",
         )
+
+
+def _check_compiler(device: str) -> None:
+    """Refuses `training.compile: true` where it cannot work, before weights are loaded."""
+    import torch
+
+    from glasstune.fast.compile import decide
+
+    decide(True, torch.device(device), None, Choices())
 
 
 def _check_validation(config: Config, data: PreparedData, choices: Choices) -> None:

@@ -16,6 +16,7 @@ from glasstune.core.findings import Finding
 from glasstune.core.protocols import Progress, StepAudit
 from glasstune.core.records import DryRunRecord, TrainRecord
 from glasstune.workflows import run_folder
+from glasstune.workflows.open_model import complete_steps
 from glasstune.workflows.prepare_run import Prepared, prepare
 
 if TYPE_CHECKING:
@@ -65,8 +66,11 @@ def train(
         if dry_run:
             return prepared.dry_run_record()
         session = _Session(config, folder, choices, prepared, progress, list(notes), overwrite)
-        run, state = session.open(resume)
-        return session.close(run, _loop(run, state), started)
+        try:
+            run, state = session.open(resume)
+            return session.close(run, _loop(run, state), started)
+        finally:
+            session.slow_down()
 
 
 def _loop(run: Run, state: LoopState) -> Outcome:
@@ -88,13 +92,18 @@ class _Session:
     overwrite: bool = False
     findings: list[Finding] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+    _adapted: AdaptedModel | None = None
 
     def open(self, resume: str | bool | None) -> tuple[Run, LoopState]:
         """Loads the model, builds optimiser and hooks, restores a checkpoint where asked."""
         from glasstune.training.run import Run
         from glasstune.workflows.trained_model import first_step_gate, open_trained
+        from glasstune.workflows.trained_speed import speed_line
 
-        adapted, parameters, optimizer = open_trained(self.prepared, self._note)
+        adapted, parameters, optimizer = open_trained(
+            self.prepared, self._note, updates=self._updates_left(bool(resume))
+        )
+        self._adapted = adapted
         if self.overwrite:
             run_folder.clear_run(self.folder)
         run = Run(
@@ -111,11 +120,13 @@ class _Session:
             identity=self._identity(adapted, parameters),
             write_adapter=self._adapter_writer(adapted),
             progress=self.progress,
-            hooks=first_step_gate(self.config, adapted.model),
+            hooks=first_step_gate(self.config, adapted, self.prepared.terms),
             writers=self._writers(),
         )
         state = self._restore(run, resume)
         run.audit = self._audit(run, state.attempt)
+        assert adapted.speed_record is not None
+        record = adapted.speed_record.to_dict()
         self.extra.update(
             device=str(adapted.device),
             environment=run.identity.environment,
@@ -126,13 +137,28 @@ class _Session:
             updates=run.schedule.total,
             attempt=state.attempt,
             adapter_checkpoint=None,
+            speed={"modules": record["modules"], "compiled": record["compiled"]},
         )
         run_folder.write_start(self.folder, self.config, self.choices, self.extra)
         for choice in self.choices:
             self.progress.say(f"{choice.name}: {choice.value} ({choice.reason})")
+        self.progress.say(speed_line(adapted.speed_record))
         for finding in self.prepared.data.record.findings:  # before hours are spent on them
             self.progress.say(f"{finding.severity}: {finding.where}: {finding.message}")
         return run, state
+
+    def _updates_left(self, resume: bool) -> int:
+        """Updates of this start; of the whole run where every start must compute the same bits."""
+        total = self.prepared.schedule.total
+        if not resume or self.config.training.deterministic:
+            return total
+        steps = complete_steps(self.folder / "checkpoints")
+        return total - steps[-1] if steps else total
+
+    def slow_down(self) -> None:
+        """Takes back what was sped up, and torch's settings with it."""
+        if self._adapted is not None:
+            self._adapted.slow_down()
 
     def _note(self, *findings: Finding) -> None:
         for finding in findings:

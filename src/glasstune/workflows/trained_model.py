@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from glasstune.core.config import Config
 from glasstune.core.findings import Finding
 from glasstune.core.protocols import StepHook
 from glasstune.workflows.prepare_run import Prepared
+from glasstune.workflows.trained_speed import SpeedChoice, choose_speed
 
 if TYPE_CHECKING:
-    from torch import nn
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
     from glasstune.training.step import AdaptedModel
+    from glasstune.training.terms import Term
 
 Note = Callable[[Finding], None]
 
 
 def open_trained(
-    prepared: Prepared, note: Note
+    prepared: Prepared, note: Note, *, updates: int | None = None, plainly: str = ""
 ) -> tuple[AdaptedModel, dict[str, Parameter], Optimizer]:
-    """Loads the base, adds the adapter and builds the optimiser.
+    """Loads the base, adds the adapter, builds the optimiser and speeds the model up.
 
     Args:
         prepared: The run before its weights; its config is resolved further in place.
         note: Takes what should be said.
+        updates: How many updates will be made, for `training.compile: auto`.
+        plainly: Why nothing is compiled nor grouped, whatever the config says; empty: it decides.
 
     Returns:
         (model, trained tensors by name, optimiser over exactly those).
@@ -43,22 +47,42 @@ def open_trained(
 
     config = prepared.config
     base = load_base(config.model, prepared.resolved, choices=prepared.choices)
-    adapted = _adapt(prepared, base, note)
+    speed = choose_speed(prepared, base.device, updates, plainly)
+    adapted = _adapt(prepared, base, note, speed)
     parameters = trainable(adapted.model)
-    return adapted, parameters, make_optimizer(parameters, config.training)
+    optimizer = make_optimizer(parameters, config.training)
+    speed.apply(adapted, prepared.choices)
+    return adapted, parameters, optimizer
 
 
-def first_step_gate(config: Config, model: nn.Module) -> list[StepHook]:
-    """Returns the gate as a hook, or nothing where it is off."""
+def first_step_gate(
+    config: Config, adapted: AdaptedModel, terms: Sequence[Term] = ()
+) -> list[StepHook]:
+    """Returns the gate as a hook, or nothing where it is off.
+
+    Args:
+        config: `audit.first_step_gate` and `gate_allow`.
+        adapted: The model.
+        terms: Loss terms, for a look at the calls that compiled blocks hide.
+    """
     from glasstune.audit.gate import FirstStepGate
 
     audit = config.audit
     if audit.first_step_gate == "off":
         return []
-    return [FirstStepGate(model, audit.first_step_gate, audit.gate_allow)]
+    look = None
+    if adapted.compiled:
+        from glasstune.training.step import run_plainly
+
+        look = partial(run_plainly, adapted, terms)
+    gate = FirstStepGate(
+        adapted.model, audit.first_step_gate, audit.gate_allow,
+        calls_seen=look is None, look=look,
+    )  # fmt: skip
+    return [gate]
 
 
-def _adapt(prepared: Prepared, base: Any, note: Note) -> AdaptedModel:
+def _adapt(prepared: Prepared, base: Any, note: Note, speed: SpeedChoice) -> AdaptedModel:
     import torch
 
     from glasstune.adapters.inject import adapter_findings, keep_activation_dtype
@@ -66,12 +90,13 @@ def _adapt(prepared: Prepared, base: Any, note: Note) -> AdaptedModel:
     from glasstune.models.head import split_head
     from glasstune.models.load import autocast_dtype
     from glasstune.training.dropout import RowSeeds, seed_dropout, unseeded_dropout
-    from glasstune.training.recompute import enable_recompute
+    from glasstune.training.recompute import apply_recompute, resolve_recompute
     from glasstune.training.step import AdaptedModel
 
     config, choices = prepared.config, prepared.choices
     if prepared.data.train.packed:
-        choices.record("data.packing_method", install_packing(base), f"of {base.config.model_type}")
+        how = install_packing(base, compiled=speed.compiled)
+        choices.record("data.packing_method", how, f"of {base.config.model_type}")
     split = split_head(base)  # before adapters: its probe runs outside autocast
     if not split.proven:
         choices.record("loss.full_logits", True, split.reason)
@@ -93,7 +118,12 @@ def _adapt(prepared: Prepared, base: Any, note: Note) -> AdaptedModel:
             "split of the same update gives slightly other gradients"
         )
         note(Finding("dropout_per_micro_batch", "warning", f"model's {key}", text))
-    enable_recompute(model, config, prepared.schedule.micro, choices)
+    length = config.data.max_length if speed.shape is None else speed.shape.length
+    recompute = resolve_recompute(
+        model, config.training, prepared.schedule.micro, length, choices,
+        compiled=speed.compiled, itemsize=4 if autocast is None else 2,
+    )  # fmt: skip
+    apply_recompute(model, recompute)
     return AdaptedModel(
         model=model,
         split=split,
@@ -103,6 +133,7 @@ def _adapt(prepared: Prepared, base: Any, note: Note) -> AdaptedModel:
         source_weights=prepared.data.loss_weights,
         seed=config.training.seed,
         rows=rows,
+        shape=speed.shape,
     )
 
 

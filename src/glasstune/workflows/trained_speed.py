@@ -1,0 +1,138 @@
+"""How a training run is sped up: decided before the weights are adapted, applied after."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from glasstune.core.choices import Choices
+from glasstune.core.speed import ModuleSpeed, SpeedRecord
+from glasstune.workflows.prepare_run import Prepared
+
+if TYPE_CHECKING:
+    import torch
+
+    from glasstune.training.inputs import FixedShape
+    from glasstune.training.step import AdaptedModel
+
+COMPILE_OPTIONS: dict[str, Any] = {}
+"""More of `torch.compile`'s options, for every run of this process."""
+
+
+@dataclass(frozen=True)
+class SpeedChoice:
+    """What `training.compile` comes to.
+
+    Args:
+        compiled: Whether blocks are compiled.
+        grouped: Whether `speed_up` is used at all.
+        reason: Why.
+        shape: What packed batches are padded to; None = as they come.
+        splits: Whether audits run a backward of their own for each term, on a compiled graph.
+        options: Of `torch.compile`.
+    """
+
+    compiled: bool
+    grouped: bool
+    reason: str
+    shape: FixedShape | None = None
+    splits: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def apply(self, adapted: AdaptedModel, choices: Choices) -> None:
+        """Speeds a model up, and leaves the record of it in the model.
+
+        Args:
+            adapted: The model, complete but for this.
+            choices: Where automatic choices are noted.
+        """
+        from glasstune.fast.speed_up import speed_up
+
+        if not self.grouped:
+            adapted.speed_record = _all_plain(adapted.model, self.reason)
+            return
+        adapted.speed = speed_up(
+            adapted.model, compile=self.compiled, choices=choices, compile_options=self.options
+        )
+        adapted.speed_record = adapted.speed.record
+        if self.compiled and self.splits:
+            _keep_graphs(adapted)
+
+
+def choose_speed(
+    prepared: Prepared, device: torch.device, updates: int | None, plainly: str
+) -> SpeedChoice:
+    """Resolves `training.compile`.
+
+    On a CPU the fast path is taken only where it is asked for: it was measured slower there at 4
+    and 8 bit.
+
+    Args:
+        prepared: The run before its weights.
+        device: Of the base.
+        updates: How many will be made.
+        plainly: Why nothing is sped up; empty: the config decides.
+
+    Raises:
+        InputError: `no_compiler`: asked for where it cannot work.
+    """
+    from glasstune.fast.compile import decide
+    from glasstune.training.inputs import FixedShape
+
+    config, choices = prepared.config, prepared.choices
+    asked = config.training.compile
+    if plainly:
+        if asked is not False:
+            choices.record("training.compile", False, plainly)
+        return SpeedChoice(False, False, plainly)
+    compiled, reason = decide(asked, device, updates, choices)
+    if not compiled:
+        return SpeedChoice(False, device.type != "cpu", reason)
+    schedule, data = prepared.schedule, prepared.data
+    shape = FixedShape.of_run(schedule.batch, schedule.micro, (data.train, data.validation))
+    return SpeedChoice(
+        True, True, reason, shape,
+        splits=len(prepared.terms) > 1 and config.audit.every_n_steps > 0,
+        options={**({} if shape is None else {"dynamic": False}), **COMPILE_OPTIONS},
+    )  # fmt: skip
+
+
+def speed_line(record: SpeedRecord) -> str:
+    """Says in one line how adapted modules are computed."""
+    ways: Counter[str] = Counter(module.way for module in record.modules)
+    reasons: dict[str, Counter[str]] = {}
+    for module in record.modules:
+        reasons.setdefault(module.way, Counter())[module.reason] += 1
+    parts = []
+    for way, count in ways.items():
+        (first, _), *others = reasons[way].most_common()
+        more = f" and {len(others)} more reasons" if len(others) > 1 else ""
+        parts.append(f"{count} {way} ({first}{'; ' + others[0][0] if others else ''}{more})")
+    compiled = f"; {len(record.compiled)} regions compiled" if record.compiled else ""
+    return f"speed: of {len(record.modules)} adapted modules {', '.join(parts)}{compiled}"
+
+
+def _keep_graphs(adapted: AdaptedModel) -> None:
+    """Lets a compiled graph run more than one backward, until the model is undone.
+
+    A graph that may give its saved tensors away saves a little memory and can run only one.
+    """
+    import torch._functorch.config as functorch
+
+    before = functorch.donated_buffer
+    functorch.donated_buffer = False
+    adapted.after.append(lambda: setattr(functorch, "donated_buffer", before))
+
+
+def _all_plain(model: Any, reason: str) -> SpeedRecord:
+    from glasstune.adapters.lora_layers import adapted_modules
+    from glasstune.fast.bases import stored_bits
+
+    modules = []
+    for path, layer in adapted_modules(model).items():
+        part: Any = layer
+        base = part.get_base_layer() if hasattr(part, "get_base_layer") else part.original_module
+        modules.append(ModuleSpeed(path, "plain", reason, stored_bits(base)))
+    return SpeedRecord(modules, [], [])
