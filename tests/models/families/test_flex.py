@@ -8,6 +8,7 @@ tests judge on a GPU and `bench/gpu_attention.py` more widely.
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.nn.attention import flex_attention as torchs
 
 from glasstune.core.errors import InputError
 from glasstune.kernels.document_attention.flex import flex_document_attention
-from glasstune.models.families import bloom_flex, flex
+from glasstune.models.families import bloom_flex, flex, install
 from glasstune.models.families.install import (
     install_attention,
     install_packing,
@@ -41,32 +42,30 @@ pytestmark = [
 LENGTH = 150  # one block and a part of one
 LENGTHS = ((70, 50), (131, 19))
 # Heads of 16, the narrowest; GPT-2 has attention dropout by default.
-OPTIONS: dict[str, Any] = {"hidden_size": 64, "max_position_embeddings": 256}
+OPTIONS: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "max_position_embeddings": 256}
 OWN = {
     "gpt2": {**OPTIONS, "n_embd": 64, "n_positions": 256, "attn_pdrop": 0.0},
     "gptj": {**OPTIONS, "n_embd": 64, "n_positions": 256},
     "opt": {**OPTIONS, "word_embed_proj_dim": 64},
 }
 USERS = [name for name, family in sorted(FAMILIES.items()) if family.packing != "blocks"]
+SLOW = pytest.mark.slow(reason="the compiler takes 2 s a case")
+# One of each kind: plain, one window, windows by layer, soft cap, learned positions, ALiBi.
+FAST = {"llama", "mistral", "gemma3_text", "gemma2", "gpt2", "bloom"}
 Rows = list[list[Tensor]]
 
 
 @pytest.fixture(autouse=True)
 def _cpu_counts_as_gpu(monkeypatch):
-    torch._dynamo.reset()
     if not CUDA:
         monkeypatch.setattr(flex, "why_not", lambda config, device: None)
         # Only its check refuses gradients on a CPU; the plain operations below it have them.
         monkeypatch.setattr(torchs, "_validate_device", lambda *tensors: None)
-    yield
-    torch._dynamo.reset()
 
 
 def make(family: str, **overrides: Any) -> Any:
     """A model whose norms, embeddings and first layer are trained."""
-    head = {} if family in ("gpt2", "gptj", "bloom") else {"head_dim": 16}
-    options = {**head, **OWN.get(family, OPTIONS), **overrides}
-    model = family_model(family, **options).to(DEVICE)
+    model = family_model(family, **{**OWN.get(family, OPTIONS), **overrides}).to(DEVICE)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" in name or "ln" in name or "embed" in name)
     for module in model.modules():
@@ -128,7 +127,9 @@ def assert_close(found: list[Tensor], right: list[Tensor], far: float) -> None:
         torch.testing.assert_close(one, other, rtol=far, atol=far * size)
 
 
-@pytest.mark.parametrize("family", USERS)
+@pytest.mark.parametrize(
+    "family", [name if name in FAST else pytest.param(name, marks=SLOW) for name in USERS]
+)
 def test_packed_equals_separate_forward_and_backward(family):
     model = make(family)
     rows = make_documents(1)
@@ -154,7 +155,10 @@ def test_packed_equals_separate_forward_and_backward(family):
     assert_close(alone_logits(model, rows), alone, 2e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "bloom"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gemma2", "bloom", *(pytest.param(x, marks=SLOW) for x in ("gpt2", "mistral"))],
+)
 def test_recomputed_layers_give_the_same_gradients(family):
     model = make(family)
     install_packing(model)
@@ -182,8 +186,12 @@ def compile_layers(model: Any) -> Any:
 OTHERS = [((70, 50), (131, 19)), ((1,), (150,)), ((20, 20, 20, 90), (3, 4, 5)), ((149, 1), (75,))]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma2", "bloom", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    ["gemma3_text", "bloom", *(pytest.param(x, marks=SLOW) for x in ("llama", "gemma2", "gpt2"))],
+)
 def test_other_documents_compile_nothing_again(family):
+    torch._dynamo.reset()
     model, plain = make(family), make(family)
     install_packing(model)
     counter = compile_layers(model)
@@ -196,6 +204,7 @@ def test_other_documents_compile_nothing_again(family):
         assert_close(packed, alone, 2e-5)
         assert_close(found, gradients(plain, alone), 1e-4)
         seen.append(counter.frame_count)
+    torch._dynamo.reset()
     assert seen[0] > 0
     assert seen == [seen[0]] * len(OTHERS)
 
@@ -333,3 +342,73 @@ def test_bloom_in_bf16_is_nearer_to_the_truth():
     install_attention(model)
     after = alone_logits(model, rows)[0].float()
     assert float((after - truth).norm()) <= float((before - truth).norm())
+
+
+# Which way is taken, from the config alone: what a GPU would hear.
+def config_of(**options: Any) -> Any:
+    from families import family_config
+
+    return family_config("llama", **{**OPTIONS, **options})
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    import torch.utils._triton as triton
+
+    monkeypatch.undo()  # of `why_not` above
+    monkeypatch.setattr(triton, "has_triton", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    return torch.device("cuda")
+
+
+def test_what_flex_attention_cannot_do_is_said(monkeypatch, a_gpu):
+    assert flex.why_not(config_of(), a_gpu) is None
+    assert "width 8" in str(flex.why_not(config_of(head_dim=8), a_gpu))
+    assert "width 512" in str(flex.why_not(config_of(head_dim=512), a_gpu))
+    assert "attention_dropout is 0.1" in str(flex.why_not(config_of(attention_dropout=0.1), a_gpu))
+    assert "cpu" in str(flex.why_not(config_of(), torch.device("cpu")))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda name: None)
+        assert "C compiler" in str(flex.why_not(config_of(), a_gpu))
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    assert "Triton" in str(flex.why_not(config_of(), a_gpu))
+
+
+def test_widths_and_dropouts_are_read_from_every_family(a_gpu):
+    from families import family_config
+
+    for family in USERS:
+        config = family_config(family, **OWN.get(family, OPTIONS))
+        assert flex.why_not(config, a_gpu) is None, family
+    gpt2 = family_config("gpt2", **{**OWN["gpt2"], "attn_pdrop": 0.1})
+    assert "attn_pdrop is 0.1" in str(flex.why_not(gpt2, a_gpu))
+
+
+@torch.no_grad()
+def test_another_way_is_said_with_its_reason(monkeypatch):
+    monkeypatch.setattr(flex, "why_not", lambda config, device: "heads are odd")
+    monkeypatch.setattr(install, "_on_cpu", lambda model: False)
+    rows = make_documents(1)
+    for family in ("llama", "gemma2", "bloom"):
+        model = make(family)
+        alone = alone_logits(model, rows)
+        assert "heads are odd" in install_packing(model)
+        assert_close(packed_logits(model, rows), alone, 2e-5)
+    model = make("llama")
+    model.set_attn_implementation("eager")
+    assert "eager, by name" in install_packing(model)
+
+
+def test_layers_that_ask_for_more_are_refused():
+    blocks = flex.packed_blocks(((0, 20, 50),), DEVICE, window=7)
+    q, k, v = torch.randn(3, 1, 2, 50, 16, device=DEVICE).unbind()
+    layer = nn.Module()
+    for asked, says in (
+        ({"dropout": 0.1}, "no dropout"),
+        ({"s_aux": q}, "s_aux"),
+        ({"sliding_window": 9}, "window of 9"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            flex.flex_attention_forward(layer, q, k, v, None, document_blocks=blocks, **asked)
+    with pytest.raises(ValueError, match="soft cap of 5"):
+        flex.flex_attention_forward(layer, q, k, v, None, softcap=5.0, document_blocks=(None, None))

@@ -102,7 +102,7 @@ def _install(model: PreTrainedModel, family: Family, compiled: bool) -> str:
             flex.register()
             name = flex.NAME if family.packing == "documents" else flex.CAPPED_NAME
             model.set_attn_implementation(name)
-        elif family.packing == "documents" and model.device.type == "cpu" and not compiled:
+        elif family.packing == "documents" and _on_cpu(model) and not compiled:
             documents.register()
             model.set_attn_implementation(documents.NAME)
     else:
@@ -146,7 +146,11 @@ def uninstall_attention(model: nn.Module) -> None:
 
 def _with_reason(how: str, model: PreTrainedModel, instead: str) -> str:
     # On a CPU flex_attention was never a choice.
-    return how if model.device.type == "cpu" else f"{how}: {instead}"
+    return how if _on_cpu(model) else f"{how}: {instead}"
+
+
+def _on_cpu(model: PreTrainedModel) -> bool:
+    return bool(model.device.type == "cpu")
 
 
 def _leak(model: PreTrainedModel) -> float:
