@@ -138,7 +138,7 @@ class Rows:
 
     def apply(self, weight: Tensor) -> Tensor:
         """Returns the weight with its new rows."""
-        return weight.index_copy(0, torch.tensor(self.indices), self.values)
+        return weight.index_copy(0, torch.tensor(self.indices, dtype=torch.long), self.values)
 
     def rows(self, start: int, stop: int) -> Change | None:
         """Returns those that lie between."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -17,9 +18,12 @@ def adapter_state(model: PeftModel) -> dict[str, Tensor]:
 
     Rows of embeddings that were not trained are left out, also where LoRA sits on an embedding.
     """
-    state: dict[str, Tensor] = get_peft_model_state_dict(
-        model, adapter_name=model.active_adapter, save_embedding_layers=False
-    )
+    with warnings.catch_warnings():
+        # PEFT takes the bias of `lora_bias`, which has one dimension, for a damaged matrix.
+        warnings.filterwarnings("ignore", message=r"Adapter .* have invalid shape: \S*lora_B\.bias")
+        state: dict[str, Tensor] = get_peft_model_state_dict(
+            model, adapter_name=model.active_adapter, save_embedding_layers=False
+        )
     return state
 
 

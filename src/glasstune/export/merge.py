@@ -11,7 +11,7 @@ from torch import Tensor
 from glasstune.adapters.changes import Change, Replace
 from glasstune.core.errors import RunError
 from glasstune.core.protocols import Progress
-from glasstune.export.merge_plan import MergePlan
+from glasstune.export.merge_plan import MergePlan, with_rows
 from glasstune.export.read_bar import ReadBar
 from glasstune.export.shards import ShardWriter
 from glasstune.models.conversion import Group
@@ -101,9 +101,7 @@ def _merged(plan: MergePlan, name: str, stored_as: str, value: Tensor) -> Tensor
     changes = plan.changes.get(name, [])
     if not changes:
         return _checked(value.to(dtype), name)
-    if plan.rows is not None and value.shape[0] < plan.rows and value.dim() == 2:
-        value = torch.cat([value, value.new_zeros(plan.rows - value.shape[0], value.shape[1])])
-    return _checked(add_changes(value, changes, dtype), name)
+    return _checked(add_changes(with_rows(value, plan.shapes[name]), changes, dtype), name)
 
 
 def add_changes(value: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from glasstune.adapters.attach import Attached, attach, embedding_rows
+from glasstune.adapters.attach import Attached, attach, embedding_rows, refuse_unmergeable
 from glasstune.adapters.changes import Changes, Replace, Rows, read_changes, same_effect
+from glasstune.adapters.inject import read_lora_config
 from glasstune.adapters.reading import read_adapter_file
 from glasstune.core.certificate import Onto
 from glasstune.core.config import ModelConfig
@@ -109,7 +110,7 @@ class MergePlan:
         values = {}
         for name, value in found.items():
             value = value if expand is None else expand(self.reader.origin(name), value)
-            values[name] = _with_rows(value, self.shapes[name])
+            values[name] = with_rows(value, self.shapes[name])
         return values
 
 
@@ -122,6 +123,8 @@ def make_plan(job: MergeJob) -> MergePlan:
     config = job.resolved.config
     refuse_quantized(config, f"base={job.resolved.path}")
     findings: list[Finding] = []
+    adapter = read_lora_config(job.adapter)
+    refuse_unmergeable(adapter, job.adapter)
     tensors = read_adapter_file(job.adapter)
     model = _empty(job, False)
     reader = WeightReader(job.folder, model)
@@ -131,7 +134,7 @@ def make_plan(job: MergeJob) -> MergePlan:
         says = "the config ties head and embedding, the checkpoint stores two different ones"
         findings.append(Finding("tied_by_name_only", "info", str(job.folder), says))
     findings += reader.findings
-    rows = _grow(model, tensors, job)
+    rows = _grow(model, tensors, adapter)
     paths = module_paths(model)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     attached = attach(model, job.adapter, paths, tensors)
@@ -172,13 +175,11 @@ def _stored_apart(model: Any, reader: WeightReader) -> bool:
     return False
 
 
-def _grow(model: Any, tensors: Mapping[str, Tensor], job: MergeJob) -> int | None:
+def _grow(model: Any, tensors: Mapping[str, Tensor], adapter: Any) -> int | None:
     """Gives the embedding as many rows as training had; the head follows."""
-    from glasstune.adapters.inject import read_lora_config
-
     own = int(model.get_input_embeddings().weight.shape[0])
     rows = embedding_rows(tensors, model, module_paths(model))
-    indices = getattr(read_lora_config(job.adapter), "trainable_token_indices", None) or ()
+    indices = getattr(adapter, "trainable_token_indices", None) or ()
     listed = indices.values() if isinstance(indices, Mapping) else [indices]
     rows = max([rows, *(int(index) + 1 for part in listed for index in part)])
     if rows <= own:
@@ -306,7 +307,7 @@ def _dtype(stored: str, asked: str, kept: bool, unused: bool) -> str:
     return "float32" if kept else asked
 
 
-def _with_rows(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+def with_rows(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Adds empty rows up to a shape: what fills them was checked before."""
     if value.dim() == 0 or value.shape[0] >= shape[0]:
         return value

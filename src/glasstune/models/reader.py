@@ -51,9 +51,11 @@ class WeightReader:
             )
 
     def tensor(self, key: str) -> Tensor:
-        """Reads one tensor of the checkpoint, as it is stored."""
+        """Reads one tensor of the checkpoint, as it is stored, into memory of its own."""
         place = self.places[key]
-        return place.open()(0, place.shape[0] if place.shape else 1)
+        value = place.open()(0, place.shape[0] if place.shape else 1)
+        # A .bin file stays in memory: what is done to its tensors would be read again.
+        return value.clone() if place.held else value
 
     def origin(self, name: str) -> str:
         """Returns the name under which a weight is stored; a tied one has another's."""

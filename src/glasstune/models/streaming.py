@@ -193,10 +193,10 @@ class StreamedModel:
         if id(unit) in self._loaded:
             return
         wanted = self._wanted(unit)
-        fetched = self._fetch([name for _, _, name in wanted])
+        fetched = dict(self._fetch([name for _, _, name in wanted]))
         put, size = [], 0
         for holder, key, name in wanted:
-            value = fetched.get(name)
+            value = fetched.pop(name, None)  # as stored, it goes as soon as it is converted
             if value is None:  # a buffer that the checkpoint leaves to the class
                 continue
             size += value.nbytes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from glasstune.core.certificate import Certificate, Onto
 from glasstune.core.choices import Choices
-from glasstune.core.config import Config
+from glasstune.core.config import Config, ModelConfig
 from glasstune.core.config_load import load_config
 from glasstune.core.errors import InputError
 from glasstune.core.findings import Finding
@@ -72,7 +72,7 @@ def merge(
     """
     _check_options(dtype, onto, max_kl, gguf)
     target = Path(output).expanduser()
-    location = _locate(str(run_or_adapter), checkpoint)
+    location = _locate(str(run_or_adapter), checkpoint, base)
     assert location.adapter is not None
     config = _run_config(location.adapter)
     trained = None if config is None else config.model
@@ -142,9 +142,17 @@ def _check_options(dtype: str, onto: str, max_kl: float, gguf: Sequence[str]) ->
         )
 
 
-def _locate(target: str, checkpoint: str | None) -> Location:
+def _locate(target: str, checkpoint: str | None, base: str | None) -> Location:
     """A run's or adapter's place; an adapter on the hub is fetched."""
-    location = locate(target, checkpoint)
+    try:
+        location = locate(target, checkpoint)
+    except InputError as error:
+        if error.code != "no_base":
+            raise
+        if base is None:
+            error.fix = "name it with --base"
+            raise
+        return Location("adapter", ModelConfig(path=base), Path(target).expanduser())
     if location.kind != "model":
         return location
     path = Path(target).expanduser()
@@ -158,7 +166,7 @@ def _locate(target: str, checkpoint: str | None) -> Location:
             raise error
         folder = hub_adapter(target)
         if folder is not None:
-            return locate(str(folder))
+            return _locate(str(folder), None, base)
     raise InputError(
         "no_adapter",
         f"{target} is neither a run nor an adapter: there is nothing to merge",
@@ -293,12 +301,19 @@ def _prompts(
     from glasstune.models.facts import model_facts
 
     facts = model_facts(resolved.config)
-    longest = min(GENERIC_TOKENS, (facts.max_positions or 1 << 30) - 16)
+    vocabulary = facts.vocabulary_rows
+    longest = max(1, min(GENERIC_TOKENS, (facts.max_positions or 1 << 30) - 16))
     if tokenizer is None:
-        return Prompts(generic=random_prompts(facts.vocabulary_rows, longest))
-    generic = [list(tokenizer(text)["input_ids"])[:longest] for text in GENERIC]
+        return Prompts(generic=random_prompts(vocabulary, longest))
+    rows = [list(tokenizer(text)["input_ids"])[:longest] for text in GENERIC]
+    generic = [row for row in rows if row and max(row) < vocabulary]
+    if not generic:
+        says = "the tokenizer makes no token of this model from any text: random ids stand for "
+        says += "the generic prompts"
+        findings.append(Finding("tokenizer_misfits", "warning", "tokenizer", says))
+        generic = random_prompts(vocabulary, longest)
     held_out = [] if config is None else _held_out(tokenizer, config, facts, findings, progress)
-    return Prompts(held_out=held_out, generic=[row for row in generic if row])
+    return Prompts(held_out=held_out, generic=generic)
 
 
 def _held_out(
