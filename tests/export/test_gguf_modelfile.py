@@ -86,9 +86,15 @@ def test_a_known_template_renders_the_same_text(template: str, bos: bool, tmp_pa
         assert go_render(go, seen) == want.removeprefix("<|begin|>" if bos else "")
 
 
-@pytest.mark.parametrize(
-    "template", [LLAMA2, CHATML.replace("<|im_end|>\\n' }}{% endfor", "<|im_end|>' }}{% endfor")]
+# The same as ChatML for one question; only an answer in the history shows the difference.
+THINKS = CHATML.replace(
+    "message['content']",
+    "('<think></think>' if message['role'] == 'assistant' else '') + message['content']",
 )
+SHORT = CHATML.replace("<|im_end|>\\n' }}{% endfor", "<|im_end|>' }}{% endfor")
+
+
+@pytest.mark.parametrize("template", [LLAMA2, SHORT, THINKS])
 def test_any_other_template_is_left_to_the_gguf_file(template: str, tmp_path: Path) -> None:
     text, _, said = modelfile(tmp_path, template)
     assert 'TEMPLATE "' not in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Annotated
 
 import typer
@@ -67,12 +67,31 @@ def chat(
         device=device, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     read = reader(typed, sys.stderr if json == "-" else None)
-    record = workflow.chat(
-        run_or_model, read, view, compare=compare, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_p=top_p, seed=seed, interactive=typed, progress=progress(),
-        **options,
-    )  # fmt: skip
+    with silent_keys() if typed else contextlib.nullcontext():
+        record = workflow.chat(
+            run_or_model, read, view, compare=compare, max_new_tokens=max_new_tokens,
+            temperature=temperature, top_p=top_p, seed=seed, interactive=typed,
+            progress=progress(), **options,
+        )  # fmt: skip
     emit(record, json)
+
+
+@contextlib.contextmanager
+def silent_keys() -> Iterator[None]:
+    """Keeps the terminal from writing `^C` into an answer; as it was again afterwards."""
+    try:
+        import termios
+    except ImportError:  # no such terminals on this system
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    changed = list(before)
+    changed[3] = before[3] & ~termios.ECHOCTL
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def reader(typed: bool, clean: IO[str] | None = None) -> Callable[[], str | None]:

@@ -227,7 +227,7 @@ def _pieces(tensor: PlannedTensor, type: Type, head: int) -> Iterator[tuple[NDAr
     for start in range(0, rows, step):
         values_RC = read_rows(stored, start, start + step).float().numpy()
         read = values_RC.size * (stored.size // max(1, rows * columns))
-        if tensor.heads:
+        if tensor.paired:
             values_RC = pair_rows(values_RC, len(values_RC) // head)
         yield _encode(values_RC, type, tensor.name), read
 

@@ -34,12 +34,12 @@ class PlannedTensor:
     Args:
         name: GGUF's name.
         stored: Where it is read.
-        heads: Number of heads whose rows change their order; 0 for none.
+        paired: Whether the rows of each head change their order, see `pair_rows`.
     """
 
     name: str
     stored: StoredTensor
-    heads: int = 0
+    paired: bool = False
 
 
 def architecture(config: Any, where: str) -> gguf.MODEL_ARCH:
@@ -205,7 +205,7 @@ def plan_tensors(folder: Path, config: Any, arch: gguf.MODEL_ARCH) -> list[Plann
         if mapped is None or tensor.dtype not in ("BF16", "F16", "F32", "F64"):
             unknown.append(f"{name} ({tensor.dtype})")
             continue
-        plan.append(PlannedTensor(mapped, tensor, _heads(name, config, arch)))
+        plan.append(PlannedTensor(mapped, tensor, _paired(name, arch)))
     if unknown:
         raise InputError(
             "unknown_tensors",
@@ -219,14 +219,10 @@ def plan_tensors(folder: Path, config: Any, arch: gguf.MODEL_ARCH) -> list[Plann
     return plan
 
 
-def _heads(name: str, config: Any, arch: gguf.MODEL_ARCH) -> int:
+def _paired(name: str, arch: gguf.MODEL_ARCH) -> bool:
     """Llama's rotary pairs are neighbours in GGUF, half a head apart in transformers."""
-    if arch is not gguf.MODEL_ARCH.LLAMA:
-        return 0
     module = name.rpartition(".")[0]
-    if not module.endswith(_PERMUTED):
-        return 0
-    return int(config.num_attention_heads) if module.endswith("q_proj") else kv_heads(config)
+    return arch is gguf.MODEL_ARCH.LLAMA and module.endswith(_PERMUTED)
 
 
 def _check_complete(folder: Path, config: Any, names: Any, found: set[str]) -> None:
