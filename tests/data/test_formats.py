@@ -220,11 +220,11 @@ def test_columns_paths_and_templates() -> None:
 
 
 def test_unknown_column_key_names_the_nearest() -> None:
-    with pytest.raises(InputError) as error:
-        detect_format([{"q": "x"}], {"promt": "q", "completion": "q"}, "here")
-    assert error.value.code == "unknown_format"
     from glasstune.data.formats import check_columns
 
+    with pytest.raises(InputError) as error:
+        detect_format([{"q": "x"}], {"text": "q", "completion": "q"}, "here")  # of two formats
+    assert error.value.code == "unknown_format"
     with pytest.raises(InputError, match="'promt'") as error:
         check_columns({"promt": "q"}, "prompt_completion", "here")
     assert "did you mean prompt?" in error.value.fix
@@ -283,14 +283,25 @@ def test_a_path_in_brackets_is_told_how_paths_are_written() -> None:
     ({"Instruction": "q", "Output": "a"}, "{prompt: Instruction, completion: Output}"),
     ({"instruction ": "q", " output": "a"}, '{prompt: "instruction ", completion: " output"}'),
     ({"data": {"q": "q", "a": "a"}}, "{prompt: data.q, completion: data.a}"),
+    ({"instruction": "q", "instances": [{"output": "a"}]},
+     "{prompt: instruction, completion: instances.0.output}"),
     ({"x": "q", "y": "a"}, "{prompt: question, completion: answer}"),
     ({"data": [{"instruction": "q", "output": "a"}]}, "jq .data FILE"),
 ])  # fmt: skip
 def test_unknown_rows_get_a_hint_in_their_own_names(row: dict[str, Any], hint: str) -> None:
     with pytest.raises(InputError) as error:
-        detect_format([row], {}, "x.jsonl:1")
+        detect_format([row, row] if "instances" in row else [row], {}, "x.jsonl:1")
     assert error.value.code == "unknown_format"
     assert hint in error.value.fix
     if (hint.startswith("{") and "question" not in hint) or "question" in row:
         columns = yaml.safe_load(hint)
         assert detect_format([row], columns, "x.jsonl:1") == "prompt_completion"
+
+
+def test_a_column_key_that_no_format_has_is_named() -> None:
+    row = {"instruction": "q", "output": "a"}
+    with pytest.raises(InputError) as error:
+        detect_format([row], {"promt": "instruction", "completion": "output"}, "x.jsonl:1")
+    assert error.value.code == "unknown_column_key"
+    assert "'promt'" in error.value.message
+    assert error.value.fix == "did you mean prompt?"

@@ -78,7 +78,12 @@ class Mapped:
         rule = self.columns.get(key)
         if rule is None:
             if key not in self.row:
-                refuse("missing_key", f"there is no {key!r}; the row has: {keys_of(self.row)}")
+                refuse(
+                    "missing_key",
+                    f"there is no {key!r}; the row has: {keys_of(self.row)}",
+                    "correct the row, or leave such rows out (data.on_error: skip); rows of "
+                    "another shape belong to a source of their own",
+                )
             return known(self.row[key])
         if "{" not in rule:
             return find(self.row, rule)

@@ -95,6 +95,8 @@ def detect_format(
         InputError: No format fits; lists the keys found and the formats. Preference data
             (chosen/rejected) is refused by name.
     """
+    every = {key for name in REQUIRED for key in REQUIRED[name] + OPTIONAL[name]}
+    _check_keys(columns, sorted(every), "any format; they have", where)
     for row in rows:
         refuse_preference(row, columns, where)
         view = Mapped(row, columns)
@@ -135,9 +137,12 @@ def _hint(rows: Sequence[Mapping[str, Any]]) -> str:
             return f"if {key!r} holds the rows, write that list alone to a file (jq .{key} FILE)"
     texts: dict[str, str] = {}  # last name, plainly written, to the path
     for key, value in row.items():
-        inner = value.items() if isinstance(value, Mapping) else ((None, value),)
+        listed = isinstance(value, list) and value and isinstance(value[0], Mapping)
+        within = value[0] if listed else value
+        base = f"{key}.0." if listed else f"{key}."
+        inner = within.items() if isinstance(within, Mapping) else ((None, within),)
         for name, text in inner:
-            path = str(key) if name is None else f"{key}.{name}"
+            path = str(key) if name is None else f"{base}{name}"
             if isinstance(text, (str, int, float)):
                 texts.setdefault(path.rpartition(".")[2].strip().lower(), path)
     prompt = next((texts[word] for word in _PROMPTS if word in texts), "question")
@@ -206,13 +211,16 @@ def check_columns(columns: Mapping[str, str], name: Format, where: str) -> None:
     Raises:
         InputError: A key is none of the format's; names the nearest.
     """
-    known = REQUIRED[name] + OPTIONAL[name]
+    _check_keys(columns, REQUIRED[name] + OPTIONAL[name], f"the format {name}, which has", where)
+
+
+def _check_keys(columns: Mapping[str, str], known: Sequence[str], whose: str, where: str) -> None:
     for key in columns:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise InputError(
                 "unknown_column_key",
-                f"columns: {key!r} is no key of the format {name}, which has {', '.join(known)}",
+                f"columns: {key!r} is no key of {whose} {', '.join(known)}",
                 where=where,
                 fix=f"did you mean {near[0]}?" if near else "use one of these keys",
             )
