@@ -140,11 +140,9 @@ class Form:
 
 
 FORMS = [
-    Form(),
-    Form(9, 3, 64, window=70),
-    Form(softcap=3.0, width=24),
-    Form(4, 4, 20, alibi=True),
-    Form(softcap=3.0, window=200),
+    Form(9, 3, 20, window=70),
+    Form(softcap=3.0),
+    Form(4, 4, alibi=True),
 ]
 
 

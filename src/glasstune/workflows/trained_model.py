@@ -86,7 +86,7 @@ def _adapt(prepared: Prepared, base: Any, note: Note, speed: SpeedChoice) -> Ada
     import torch
 
     from glasstune.adapters.inject import adapter_findings, keep_activation_dtype
-    from glasstune.models.families.install import install_packing
+    from glasstune.models.families.install import install_attention, install_packing
     from glasstune.models.head import split_head
     from glasstune.models.load import autocast_dtype
     from glasstune.training.dropout import RowSeeds, seed_dropout, unseeded_dropout
@@ -97,6 +97,8 @@ def _adapt(prepared: Prepared, base: Any, note: Note, speed: SpeedChoice) -> Ada
     if prepared.data.train.packed:
         how = install_packing(base, compiled=speed.compiled)
         choices.record("data.packing_method", how, f"of {base.config.model_type}")
+    elif attention := install_attention(base):
+        choices.record("model.attention", attention, "the model's own makes every score")
     split = split_head(base)  # before adapters: its probe runs outside autocast
     if not split.proven:
         choices.record("loss.full_logits", True, split.reason)

@@ -227,7 +227,14 @@ def used(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> int:
 # Layers that call flex_attention of the model's two, in rows of one document.
 @pytest.mark.parametrize(
     ("family", "calls"),
-    [("llama", 0), ("gpt2", 0), ("mistral", 2), ("qwen2", 1), ("gemma2", 2), ("bloom", 2)],
+    [
+        ("llama", 0),
+        ("mistral", 2),
+        ("bloom", 2),
+        pytest.param("gpt2", 0, marks=SLOW),
+        pytest.param("qwen2", 1, marks=SLOW),
+        pytest.param("gemma2", 2, marks=SLOW),
+    ],
 )
 @torch.no_grad()
 def test_rows_of_one_document_need_no_mask(monkeypatch, family, calls):
@@ -412,3 +419,43 @@ def test_layers_that_ask_for_more_are_refused():
             flex.flex_attention_forward(layer, q, k, v, None, document_blocks=blocks, **asked)
     with pytest.raises(ValueError, match="soft cap of 5"):
         flex.flex_attention_forward(layer, q, k, v, None, softcap=5.0, document_blocks=(None, None))
+
+
+@pytest.mark.parametrize(
+    ("family", "recompute"),
+    [
+        ("gemma2", True),
+        *(
+            pytest.param(family, recompute, marks=SLOW)
+            for family in ("llama", "bloom", "qwen2", "gemma2")
+            for recompute in (False, True)
+            if (family, recompute) != ("gemma2", True)
+        ),
+    ],
+)
+def test_sped_up_and_packed(family, recompute):
+    """All together: groups, compiled blocks, recomputation, and other documents each time."""
+    from speeding import adapted
+
+    from glasstune.fast.speed_up import speed_up
+
+    torch._dynamo.reset()
+    base = family_model(family, **{**OWN.get(family, OPTIONS)}).to(DEVICE)
+    install_packing(base)
+    model = adapted(base)
+    right = [gradients(model, packed_logits(model, make_documents(n, OTHERS[n]))) for n in range(4)]
+    counter = CompileCounterWithBackend("inductor" if CUDA else "aot_eager")
+    if recompute:
+        enable = getattr(base, "activation_checkpointing_enable", None)
+        (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
+        model.enable_input_require_grads()
+    speed_up(model, compile=True, compile_options={"backend": counter, "dynamic": False})
+    model.train()
+    seen = []
+    for n in range(4):
+        found = gradients(model, packed_logits(model, make_documents(n, OTHERS[n])))
+        assert_close(found, right[n], 1e-3)
+        seen.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert seen == [seen[0]] * 4
+    assert seen[0] >= 1
