@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from chat_tokenizers import TEMPLATES, chat_tokenizer
 from preparing import BASE, CHATML, alpaca, codes, finding, prepare
@@ -365,6 +366,8 @@ def test_columns_that_nothing_reads_are_said(tmp_path: Path) -> None:
     columns = {"prompt": "{q}!", "completion": "a.b"}
     data = prepare([{"path": mapped, "columns": columns}])
     assert finding(data, "unread_columns").message.endswith("read: 'c' (5 rows)")
+    arrays = [{**row, "vector": np.arange(3)} for row in alpaca(2)]
+    assert finding(prepare(arrays), "unread_columns").message.endswith("'vector' (2 rows)")
     names = [{**row, f"column {k}": 1} for k, row in enumerate(alpaca(200))]
     assert "and 40 more" in finding(prepare(names), "unread_columns").message
 

@@ -16,6 +16,7 @@ from preparing import BASE, CHATML, prepare
 
 from glasstune.core.errors import GlasstuneError, InputError
 from glasstune.data import chunks, read_array
+from glasstune.data.mask import show_rows
 from glasstune.data.read import BadRow, RawRow, ReadStats, read_rows
 from glasstune.data.write import write_rows
 
@@ -64,6 +65,12 @@ def balanced(data: Any, rows: int) -> None:
     assert all(document.trained_tokens for document in data.train.documents)
     assert all(len(document) <= data.config.max_length for document in data.train.documents)
     json.dumps(record.to_dict(), allow_nan=False)
+    for row in show_rows(data, 2):
+        for document in row.documents:
+            edges = [turn.start for turn in document.turns] + [document.end]
+            assert [turn.end for turn in document.turns] == edges[1:]
+            assert edges[0] == (document.start if document.turns else document.end)
+            assert edges == sorted(set(edges))
 
 
 @pytest.mark.parametrize("form", list(ROWS))

@@ -33,7 +33,6 @@ _BATCH = 256
 _HUGE = 200_000
 """Characters of one text from which a row may be found too long without tokenising it."""
 _MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
-_NOTHING: tuple[Any, ...] = (None, "", [], {})
 _JSON = (str, int, float, bool, type(None))
 
 
@@ -169,7 +168,8 @@ class Worker:
     def _note_unread(self, row: RawRow, columns: Sequence[str], tally: Tally) -> None:
         """Notes columns that are left out, images most of all."""
         for name in columns:
-            if row.value.get(name) in _NOTHING:
+            value = row.value.get(name)
+            if value is None or (isinstance(value, (str, list, dict)) and not value):
                 continue
             if name in _MEDIA:
                 tally.note(
