@@ -223,18 +223,46 @@ def test_unknown_rules_are_refused_in_one_message(change: Any, says: str, tmp_pa
     assert not list(tmp_path.glob("*gguf*"))
 
 
-def test_merges_that_ids_do_not_follow_are_refused(tmp_path: Path) -> None:
-    """A reader of scores would join in another order, or where this tokenizer joins nothing."""
+def with_merges(made: Any, change: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    made = sentencepiece_tokenizer(tmp_path / "sp")
     raw = json.loads(made.backend_tokenizer.to_str())
-    merges = raw["model"]["merges"]
-    for number, (changed, says) in enumerate(
-        [([merges[-1], *merges[:-1]], "do not follow its ids"), (merges[:-1], "never joins")]
-    ):
-        raw["model"]["merges"] = changed
-        backend = type(made.backend_tokenizer).from_str(json.dumps(raw))
-        other = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
-        with pytest.raises(InputError, match=says):
-            export(tmp_path / str(number), other)
+    raw["model"]["merges"] = change(raw["model"]["merges"])
+    backend = type(made.backend_tokenizer).from_str(json.dumps(raw))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+
+
+def last_piece_first(merges: list[Any]) -> list[Any]:
+    """What an extended tokenizer looks like: the newest pieces are joined before all others."""
+    last = "".join(merges[-1])
+    newest = [merge for merge in merges if "".join(merge) == last]
+    return [*newest, *(merge for merge in merges if merge not in newest)]
+
+
+def test_scores_follow_the_merges_not_the_ids(tmp_path: Path) -> None:
+    made = sentencepiece_tokenizer(tmp_path / "sp")
+    found, theirs, _ = export(tmp_path / "model", with_merges(made, last_piece_first))
+    for text in mixed_strings():
+        if not text.startswith(" "):
+            assert found.encode(text) == theirs(text)["input_ids"], text
+    last = "".join(json.loads(made.backend_tokenizer.to_str())["model"]["merges"][-1])
+    assert found.meta["scores"][found.ids[last]] == 0 == max(found.meta["scores"])
+
+
+def parted(merges: list[Any]) -> list[Any]:
+    """Two merges that make the same piece, with all others between them."""
+    texts = ["".join(merge) for merge in merges]
+    twice = next(text for text in texts if texts.count(text) > 1)
+    first = merges[texts.index(twice)]
+    return [*(merge for merge in merges if merge != first), first]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [(parted, "do not follow each other"), (lambda m: m[:-1], "never joins")]
+)
+def test_merges_that_no_scores_say_are_refused(change: Any, says: str, tmp_path: Path) -> None:
+    """A reader of scores would join in another order, or where this tokenizer joins nothing."""
+    made = with_merges(sentencepiece_tokenizer(tmp_path / "sp"), change)
+    with pytest.raises(InputError, match=says) as error:
+        export(tmp_path / "model", made)
+    assert error.value.code == "unknown_tokenizer"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
@@ -74,8 +73,6 @@ def gguf_vocabulary(facts: TokenizerFacts, rows: int) -> Vocabulary:
     notes = _notes(facts, found)
     add_space, why = _space(facts, found)
     llama = found.model == "llama"
-    if llama:
-        _check_sentencepiece(facts)
     ids = dict(facts.ids)
     if facts.begin:
         ids["bos"] = facts.begin[0]
@@ -85,7 +82,7 @@ def gguf_vocabulary(facts: TokenizerFacts, rows: int) -> Vocabulary:
         splitting=found,
         tokens=tokens,
         types=types,
-        scores=_scores(types) if llama else (),
+        scores=_scores(facts, types) if llama else (),
         merges=() if llama else [" ".join(pair) for pair in _merges(facts.rules)],
         ids=ids,
         add_bos=add_bos,
@@ -154,18 +151,6 @@ def _tokens(facts: TokenizerFacts, rows: int, found: Splitting) -> tuple[list[st
     return tokens, types
 
 
-def _scores(types: Sequence[int]) -> list[float]:
-    """Returns SentencePiece's scores: its trainer numbers pieces by the merge that made them.
-
-    Only their order counts, so the id, negative, says the same as the score of `tokenizer.model`.
-    """
-    plain = (int(TokenType.NORMAL), int(TokenType.UNUSED))
-    return [
-        float(-index) if kind in plain else (0.0 if kind == int(TokenType.BYTE) else _ADDED_SCORE)
-        for index, kind in enumerate(types)
-    ]
-
-
 def _merges(rules: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the merges in order; older files hold them as one text with a space."""
     found: list[tuple[str, str]] = []
@@ -175,30 +160,47 @@ def _merges(rules: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _check_sentencepiece(facts: TokenizerFacts) -> None:
-    """Makes sure that ids say what the merges say: a reader of GGUF has no merges to follow.
+def _scores(facts: TokenizerFacts, types: Sequence[int]) -> list[float]:
+    """Returns scores that say what the merges say: a reader of GGUF has no merges to follow.
 
-    It joins the two neighbours whose joined text has the highest score, so the merges must come in
-    the order of the ids of what they make, and every pair that could be joined must be among them.
+    It joins the two neighbours whose joined text has the highest score. Only the order of scores
+    counts, so each piece gets the place of its merge, negative.
 
     Raises:
-        InputError: `unknown_tokenizer`.
+        InputError: `unknown_tokenizer`: no scores say it, since the merges of one piece lie apart,
+            or a pair that could be joined is not among them.
     """
-    vocabulary = facts.vocabulary
     merges = _merges(facts.rules)
-    made = [vocabulary[left + right] for left, right in merges]
-    for (first, second), at in zip(pairwise(made), merges[1:], strict=True):
-        if second < first:
-            raise unknown(facts.where, f"its merges do not follow its ids (at {at[0]} + {at[1]})")
+    rank: dict[str, int] = {}
+    before = ""
+    for left, right in merges:
+        made = left + right
+        if made != before and made in rank:
+            raise unknown(facts.where, f"its merges to {made} do not follow each other")
+        rank.setdefault(made, len(rank))
+        before = made
+    _check_all_joined(facts, set(merges))
+    spelled = {index: token for token, index in facts.vocabulary.items()}
+    scores = []
+    for index, kind in enumerate(types):
+        if kind in (int(TokenType.NORMAL), int(TokenType.UNUSED)):
+            scores.append(-float(rank.get(spelled.get(index, ""), len(rank) + index)))
+        else:
+            scores.append(0.0 if kind == int(TokenType.BYTE) else _ADDED_SCORE)
+    return scores
+
+
+def _check_all_joined(facts: TokenizerFacts, merges: set[tuple[str, str]]) -> None:
+    """Refuses a tokenizer that leaves two pieces apart whose joined text is a piece."""
+    vocabulary = facts.vocabulary
     skipped = {token.text for token in facts.added.values()}
-    known = set(merges)
     for token in vocabulary:
         if token in skipped or token in _BYTES:
             continue
         for at in range(1, len(token)):
             left, right = token[:at], token[at:]
             pair = left in vocabulary and right in vocabulary
-            if pair and (left, right) not in known and not {left, right} & skipped:
+            if pair and (left, right) not in merges and not {left, right} & skipped:
                 raise unknown(facts.where, f"it never joins {left} and {right} to {token}")
 
 
