@@ -87,6 +87,7 @@ FORMS = [
     Form("soft cap, window", "fp32", softcap=20.0, groups=4, width=256, window=200),
 ]
 QUICK = (0, 1, 4, 7, 8, 13)
+LENGTHS = (1024, 1000, 648)
 
 
 def bounds_of(form: Form, seed: int) -> tuple[tuple[int, ...], ...]:
@@ -179,10 +180,18 @@ def judge(form: Form) -> dict[str, Any]:
     return {"passed": passed, **worst}
 
 
-def check(forms: Sequence[Form]) -> list[dict[str, Any]]:
-    """Judges forms and prints a line for each."""
+def check(forms: Sequence[Form], *, alone: bool = True) -> list[dict[str, Any]]:
+    """Judges forms and prints a line for each.
+
+    Args:
+        forms: What is judged.
+        alone: Whether each is compiled by itself, with shapes of its own as in a compiled block;
+            if not, the second of two lengths makes one graph for any length.
+    """
     rows = []
     for form in forms:
+        if alone:
+            torch._dynamo.reset()
         label = f"{form.kind} {form.name}: {form.heads}/{form.groups} x {form.width}"
         started = time.perf_counter()
         try:
@@ -217,6 +226,7 @@ def milliseconds(action: Callable[[], object], count: int = 20) -> float:
 
 def clock(name: str, function: Callable[..., Tensor], form: Form) -> dict[str, Any]:
     """Times forward and backward of one form and prints them."""
+    torch._dynamo.reset()
     try:
         q, k, v, grad = tensors(form)
         q, k, v = (x.transpose(1, 2).requires_grad_() for x in (q, k, v))
@@ -295,6 +305,7 @@ def waits() -> dict[str, Any]:
             assert blocks is not None
             flex_document_attention(q, k, v, blocks, scale=0.1)
 
+    torch._dynamo.reset()
     step(0)
     torch.cuda.synchronize()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -332,6 +343,8 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     forms = [FORMS[index] for index in QUICK] if args.quick else FORMS
     rows = check(forms)
+    torch._dynamo.reset()
+    rows += check([Form(f"length {n}", length=n) for n in LENGTHS], alone=False)
     rows.append(waits())
     clocks = [] if args.quick else times()
     failed = [row["form"] for row in rows if not row["passed"]]

@@ -2,13 +2,14 @@
 
 `packing` names the way documents of one row are kept apart:
 
-- `documents`: one causal product a document (`documents.py`); on other devices than the CPU the
-  4-D mask that transformers makes from restarting positions.
-- `mask`: always that 4-D mask, since the family's attention computes something that
-  `documents.py` does not (a soft cap).
+- `documents`: on a CPU one causal product a document (`documents.py`), on a GPU `flex_attention`
+  inside each document (`flex.py`); where neither can, the 4-D mask that transformers makes from
+  restarting positions.
+- `mask`: the same without `documents.py`, which does not compute what the family's attention does
+  (a soft cap).
 - `blocks`: a 4-D mask of our own (`masks.py`): transformers makes none for it (Falcon in 5.17), or
   its layers do not hand keywords on. Only for families without sliding windows.
-- `bloom`: `bloom.py`.
+- `bloom`: on a GPU `bloom_flex.py`, else `bloom.py`.
 """
 
 from __future__ import annotations
