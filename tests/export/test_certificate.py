@@ -221,6 +221,19 @@ def test_distance_of_hand_worked_logits():
     assert distance.logit_difference == pytest.approx(1.0986123, rel=1e-6)
 
 
+def test_greedy_agreement_of_hand_made_tokens():
+    """Rows of 3 (held out), 5 and 6 tokens, the last 2 of each continued row appended."""
+    from glasstune.export.certificate import _greedy_agreement
+
+    right = [True] * 14
+    assert _greedy_agreement(Distance(agree=right), [3, 5, 6], 1, 2) == 1.0
+    # Tokens 6 and 7 are position 3 and 4 of the second row; what chose its last two tokens are
+    # positions 2 and 3. A miss at position 4 chose nothing, one at 2 or 3 another answer.
+    for missed, share in ((7, 1.0), (6, 0.5), (5, 0.5), (4, 1.0), (2, 1.0), (13, 1.0), (12, 0.5)):
+        agree = [index != missed for index in range(14)]
+        assert _greedy_agreement(Distance(agree=agree), [3, 5, 6], 1, 2) == share, missed
+
+
 def test_without_a_tokenizer_random_ids_stand_in_and_it_is_said(base, adapter, tmp_path):
     import shutil
 

@@ -131,18 +131,20 @@ def test_a_kill_leaves_nothing_half(base, adapter, tmp_path, task, number):
     merge(adapter, output, base=str(base), certificate=False)
     before = _files(output)
     words = [sys.executable, "-c", textwrap.dedent(_KILLED), adapter, base, output, task]
-    process = subprocess.Popen([str(w) for w in words], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == "here"
-    while_it_runs = [path for path in tmp_path.iterdir() if path.name != "out"]
-    assert len(while_it_runs) == 1
-    assert while_it_runs[0].name.startswith(".out.merge-")
-    # Another merge into the same place leaves the living one alone.
-    with place.aside(output):
-        assert while_it_runs[0].is_dir()
-    process.send_signal(number)
-    process.wait(30)
-    process.stdout.close()
+    with subprocess.Popen([str(w) for w in words], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == "here"
+            while_it_runs = [path for path in tmp_path.iterdir() if path.name != "out"]
+            assert len(while_it_runs) == 1
+            assert while_it_runs[0].name.startswith(".out.merge-")
+            # Another merge into the same place leaves the living one alone.
+            with place.aside(output):
+                assert while_it_runs[0].is_dir()
+            process.send_signal(number)
+            process.wait(30)
+        finally:
+            process.kill()
     assert _files(output) == before
     merge(adapter, output, base=str(base), certificate=False, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -508,3 +508,67 @@ def test_a_falcon_without_a_head_of_its_own_in_the_files(tmp_path):
     gt.merge(adapter, tmp_path / "out", base=str(base), dtype="float32")
     assert sorted(stored(tmp_path / "out")) == sorted(bare)
     _same_logits(tmp_path / "out", logits_of(wrapped))
+
+
+def test_generate_answers_alike_from_the_run_and_from_the_merged_model(run, tmp_path):
+    gt.merge(run, tmp_path / "out", dtype="float32", certificate=False)
+    prompts = ["What is 3 plus 3?", "What is 20 plus 6?"]
+    tuned = gt.generate(str(run), prompts, max_new_tokens=12)
+    merged = gt.generate(str(tmp_path / "out"), prompts, max_new_tokens=12, dtype="float32")
+    plain = gt.generate(str(run), prompts, max_new_tokens=12, no_adapter=True)
+    assert merged == tuned
+    assert plain != tuned
+
+
+@pytest.fixture
+def hub(base, monkeypatch, tmp_path):
+    """A hub cache with the base as owner/base and an adapter as owner/adapter; no network."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def add(name: str, source: Path) -> Path:
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        folder = cache / f"models--owner--{name}"
+        shutil.copytree(source, folder / "snapshots" / commit)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+        return folder / "snapshots" / commit
+
+    add("base", base)
+    return add
+
+
+def test_a_base_and_an_adapter_on_the_hub(hub, base, adapter, tmp_path):
+    record = gt.merge(adapter, tmp_path / "out", base="owner/base", dtype="float32")
+    assert record.passed
+    assert record.base["path"] == "owner/base"
+    assert "snapshots" in record.base["folder"]
+    truth = logits_of(_tuned(base, adapter))
+    _same_logits(tmp_path / "out", truth)
+    hub("adapter", adapter)
+    gt.merge("owner/adapter", tmp_path / "out2", base="owner/base", dtype="float32")
+    _same_logits(tmp_path / "out2", truth)
+    with pytest.raises(InputError) as caught:
+        gt.merge("owner/nothing", tmp_path / "out3", base="owner/base")
+    assert caught.value.code == "hub_unreachable"
+    with pytest.raises(InputError, match="nothing to merge"):
+        gt.merge("owner/base", tmp_path / "out3")
+
+
+def test_a_hub_base_is_compared_with_a_folder_through_its_files(hub, base, qa_file, tmp_path):
+    config = tiny_run(base, qa_file, tmp_path / "run", training={"max_steps": 2})
+    config.model.path = "owner/base"
+    gt.train(config)
+    assert gt.merge(tmp_path / "run", tmp_path / "a", certificate=False).base["trained_on"]
+    record = gt.merge(tmp_path / "run", tmp_path / "b", base=str(base), certificate=False)
+    assert "base_unverified" not in {finding.code for finding in record.findings}
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match="owner/base") as caught:
+        gt.merge(tmp_path / "run", tmp_path / "c", base=str(other))
+    assert caught.value.code == "wrong_base"
+    shutil.rmtree(tmp_path / "hub")
+    record = gt.merge(tmp_path / "run", tmp_path / "d", base=str(base), certificate=False)
+    assert "base_unverified" in {finding.code for finding in record.findings}

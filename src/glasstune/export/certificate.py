@@ -18,6 +18,7 @@ from glasstune.export.distance import Distance, LogitFile, logit_file
 from glasstune.export.merge_plan import MergePlan
 from glasstune.export.prompts import Prompts
 from glasstune.export.read_bar import ReadBar
+from glasstune.models.conversion import tied_sources
 from glasstune.models.empty import empty_model, float32_names
 from glasstune.models.reader import WeightReader
 from glasstune.models.resolve import resolve_model
@@ -75,13 +76,14 @@ def measure(
         InputError: The written folder cannot be read back.
         RunError: `head_not_found`.
     """
-    size = sum(place.size for place in plan.reader.places.values())
+    size = sum(place.size for place in plan.reader.places.values()) + _tied_bytes(plan)
     steps = max(1, min(GREEDY_TOKENS, int(_GREEDY_BYTES // max(size, 1))))
     steps = steps if prompts.generic else 0
     half = plan.job.dtype != "float32"
     other = _other_base(plan)
     passes = steps + 1 + (1 if other is not None else 0)
-    bar = ReadBar(progress, _TASK, passes * size + (2 if half else 1) * plan.bytes)
+    again = (2 if half else 1) * (plan.bytes + (_tied_bytes(plan) if plan.tied == "kept" else 0))
+    bar = ReadBar(progress, _TASK, passes * size + again)
     try:
         with logit_file(folder) as apart, logit_file(folder) as merged:
             streamed = _adapted(plan, plan.base_value, device, bar)
@@ -109,6 +111,13 @@ def measure(
         tokens=sum(lengths),
         worst_row=_row_of(max(range(len(distance.kl)), key=distance.kl.__getitem__), lengths),
     )
+
+
+def _tied_bytes(plan: MergePlan) -> int:
+    """Bytes that each forward reads twice: a tied weight serves two modules."""
+    shared = tied_sources(plan.model)
+    groups = [plan.reader.map.by_weight.get(source) for source in shared.values()]
+    return sum(plan.reader.places[key].size for group in groups if group for key in group.keys)
 
 
 class _Other:

@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_CHUNK = 2**19
+"""Logits compared at a time: 4 MB in float64, of which some copies are made."""
+
 
 @dataclass(slots=True)
 class Distance:
@@ -37,7 +40,12 @@ class Distance:
                 are no part of the comparison.
         """
         width = min(reference_NV.shape[1], other_NV.shape[1])
-        p, q = reference_NV[:, :width].double(), other_NV[:, :width].double()
+        step = max(1, _CHUNK // width)
+        for start in range(0, len(reference_NV), step):
+            rows = slice(start, start + step)
+            self._add(reference_NV[rows, :width].double(), other_NV[rows, :width].double())
+
+    def _add(self, p: Tensor, q: Tensor) -> None:
         log_p, log_q = p.log_softmax(dim=1), q.log_softmax(dim=1)
         kl = (log_p.exp() * (log_p - log_q)).sum(dim=1)
         # Exactly equal rows may come out as -1e-17.

@@ -41,7 +41,7 @@ class MergeRun:
     Args:
         job: What is merged into what.
         output: The folder to make; checked by `place.check_output`.
-        prompts: What is compared; None measures nothing.
+        prompts: Makes what is compared, once everything fits; None measures nothing.
         max_kl: Limit of the gate.
         stops: Ids that end an answer.
         trained_on: The base's fingerprint that the adapter names, or None.
@@ -54,7 +54,7 @@ class MergeRun:
 
     job: MergeJob
     output: Path
-    prompts: Prompts | None
+    prompts: Callable[[], Prompts] | None
     max_kl: float
     stops: Sequence[int] = ()
     trained_on: str | None = None
@@ -75,7 +75,8 @@ def merge(run: MergeRun, progress: Progress | None = None) -> Certificate:
     """
     began = time.monotonic()
     plan = make_plan(run.job)
-    check_space(run.output, _needed(run, plan))
+    prompts = None if run.prompts is None else run.prompts()
+    check_space(run.output, _needed(run, plan, prompts))
     if progress is not None:
         for finding in (*run.findings, *plan.findings, *_type_findings(plan)):
             hint = f" (hint: {finding.fix})" if finding.fix else ""
@@ -86,8 +87,8 @@ def merge(run: MergeRun, progress: Progress | None = None) -> Certificate:
                 changed = write_weights(plan, folder, progress)
                 write_companions(plan, folder, run.stops, run.choices)
                 written = time.monotonic()
-                measured = _measure(run, plan, folder, progress)
-                record = _record(run, plan, changed, measured)
+                measured = _measure(run, plan, prompts, folder, progress)
+                record = _record(run, plan, prompts or Prompts(), changed, measured)
                 record.seconds = {
                     "merge": round(written - began, 3),
                     "certificate": round(time.monotonic() - written, 3),
@@ -125,22 +126,23 @@ def _shown(file: Path) -> bool:
     return file.is_file() and not file.name.startswith(".")
 
 
-def _needed(run: MergeRun, plan: MergePlan) -> int:
+def _needed(run: MergeRun, plan: MergePlan, prompts: Prompts | None) -> int:
     """Bytes on the disk: weights, small files, and logits of two models for the comparison."""
     logits = 0
-    if run.prompts is not None:
+    if prompts is not None:
         rows = plan.rows or plan.job.resolved.config.get_text_config(decoder=True).vocab_size
-        logits = 2 * 4 * (run.prompts.tokens + 8 * len(run.prompts.generic)) * rows
+        logits = 2 * 4 * (prompts.tokens + 8 * len(prompts.generic)) * rows
     return plan.bytes + logits + run.extra_bytes(plan.bytes) + _SPARE
 
 
 def _measure(
-    run: MergeRun, plan: MergePlan, folder: Path, progress: Progress | None
-) -> Measured | None:
-    if run.prompts is None:
+    run: MergeRun, plan: MergePlan, prompts: Prompts | None, folder: Path,
+    progress: Progress | None,
+) -> Measured | None:  # fmt: skip
+    if prompts is None:
         return None
     device = choose_device(run.device, run.choices)
-    return measure(plan, folder, run.prompts, device=device, progress=progress)
+    return measure(plan, folder, prompts, device=device, progress=progress)
 
 
 def _gate(run: MergeRun, record: Certificate, measured: Measured | None) -> None:
@@ -148,7 +150,7 @@ def _gate(run: MergeRun, record: Certificate, measured: Measured | None) -> None
         return
     place = failed_certificate(run.output)
     write_json_atomic(place, record.to_dict())
-    held_out = len(run.prompts.held_out) if run.prompts is not None else 0
+    held_out = record.prompts["held_out"]
     row = measured.worst_row
     worst = f"held-out row {row + 1}" if row < held_out else f"generic prompt {row + 1 - held_out}"
     raise RunError(
@@ -161,8 +163,10 @@ def _gate(run: MergeRun, record: Certificate, measured: Measured | None) -> None
     )
 
 
-def _record(run: MergeRun, plan: MergePlan, changed: int, measured: Measured | None) -> Certificate:
-    job, prompts = run.job, run.prompts or Prompts()
+def _record(
+    run: MergeRun, plan: MergePlan, prompts: Prompts, changed: int, measured: Measured | None
+) -> Certificate:
+    job = run.job
     mean = None if measured is None else measured.merge.mean
     kinds = Counter(change.kind for changes in plan.changes.values() for change in changes)
     return Certificate(

@@ -20,8 +20,8 @@ from glasstune.models.head import causal_model
 Fetch = Callable[[list[str]], Mapping[str, Tensor]]
 """Gives weights of the plain model by name, as stored or at any float type."""
 
-_LOGITS_TOKENS = 128
-"""Tokens whose logits are made at a time: 64 MB for a vocabulary of 128 thousand."""
+_LOGITS = 2**23
+"""Logits that are made at a time: 32 MB in float32."""
 
 
 def module_paths(model: nn.Module) -> dict[int, str]:
@@ -123,9 +123,11 @@ class StreamedModel:
             RunError: `head_not_found`: the class does not call the backbone that it names.
         """
         tokens_ND = torch.cat(list(states))
+        vocabulary = self.causal.config.get_text_config(decoder=True).vocab_size
+        step = max(1, _LOGITS // vocabulary)
         with self._kept():
-            for start in range(0, len(tokens_ND), _LOGITS_TOKENS):
-                chunk = tokens_ND[start : start + _LOGITS_TOKENS]
+            for start in range(0, len(tokens_ND), step):
+                chunk = tokens_ND[start : start + step]
                 yield self._head(chunk.unsqueeze(0).to(self.device))[0].float().cpu()
 
     def _head(self, states_1ND: Tensor) -> Tensor:

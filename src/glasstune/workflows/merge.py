@@ -104,12 +104,14 @@ def merge(
         trained=trained, onto=cast(Onto, onto), dtype=dtype,
     )  # fmt: skip
     tokenizer = _tokenizer(location.adapter, job.folder, trust, findings)
-    prompts = None
-    if certificate:
-        prompts = _prompts(tokenizer, resolved, config, findings, progress)
+
+    def prompts() -> Prompts:
+        return _prompts(tokenizer, resolved, config, findings, progress)
+
     return run(
         MergeRun(
-            job=job, output=target, prompts=prompts, max_kl=max_kl, stops=_stops(tokenizer),
+            job=job, output=target, prompts=prompts if certificate else None, max_kl=max_kl,
+            stops=_stops(tokenizer),
             trained_on=trained_on, choices=choices, findings=findings, device=device,
             extra=_gguf_step(gguf, progress), extra_bytes=lambda size: size * len(gguf),
         ),
@@ -161,9 +163,9 @@ def _locate(target: str, checkpoint: str | None, base: str | None) -> Location:
         from glasstune.models.resolve import looks_like_path, missing_path
 
         if looks_like_path(target):
-            error = missing_path(target, path)
-            error.where = "RUN_OR_ADAPTER"
-            raise error
+            missing = missing_path(target, path)
+            missing.where = "RUN_OR_ADAPTER"
+            raise missing
         folder = hub_adapter(target)
         if folder is not None:
             return _locate(str(folder), None, base)
