@@ -186,6 +186,7 @@ def test_a_failing_metric_does_not_cost_the_answers(run: Path, rows: Path, tmp_p
         ({"generate": True, "max_new_tokens": 0}, "bad_option"),
         ({"generate": True, "output": "/nowhere/at/all/a.jsonl"}, "no_folder"),
         ({"generate": True, "output": "a.csv"}, "output_format"),
+        ({}, "no_such_file"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_the_load(

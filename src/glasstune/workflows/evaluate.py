@@ -13,6 +13,7 @@ from glasstune.core.config import DataConfig, SourceConfig
 from glasstune.core.errors import InputError
 from glasstune.core.protocols import Progress
 from glasstune.core.records import EvaluateRecord
+from glasstune.data.sources import source_files
 from glasstune.data.write import write_rows
 from glasstune.workflows.generate import check_output
 from glasstune.workflows.judging import judge, measure_losses, prepare_rows
@@ -91,6 +92,7 @@ def evaluate(
         )  # fmt: skip
 
     metrics = ask.metrics()  # a wrong name must not cost the load
+    source_files(SourceConfig(path=data), Path("."))
     opened = opening(no_adapter)
     has_adapter = opened.location.adapter is not None and not no_adapter
     if compare is not None and not has_adapter:
