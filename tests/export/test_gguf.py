@@ -16,7 +16,7 @@ from gguf_models import bpe_tokenizer, half_exact_model
 from runs import QuietProgress
 
 from glasstune.core.errors import InputError, RunError
-from glasstune.export.gguf import check_gguf, pair_rows, write_gguf
+from glasstune.export.gguf import pair_rows, write_gguf
 
 IDS = torch.randint(0, 480, (2, 24), generator=torch.Generator().manual_seed(1))
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -257,19 +257,6 @@ def test_a_folder_that_is_still_written_gives_its_future_name(
 ) -> None:
     _, (file,), _ = export(tmp_path / ".mine-1.5.merge-x7_q", tokenizer, "llama")
     assert metadata(file)["general.name"] == "mine-1.5"
-
-
-def test_what_has_no_gguf_form_is_known_without_weights(tmp_path: Path, tokenizer: Any) -> None:
-    half_exact_model(tmp_path, hidden_act="gelu")
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="hidden_act"):
-        check_gguf(tmp_path, ["f16"])
-    half_exact_model(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    check_gguf(tmp_path, ["f16"])
-    with pytest.raises(InputError, match=r"no model\.safetensors"):
-        write_gguf(tmp_path, ["f16"])
 
 
 def test_lost_and_foreign_tensors_are_named(tmp_path: Path, tokenizer: Any) -> None:

@@ -34,7 +34,7 @@ from glasstune.export.gguf_model import (
 )
 from glasstune.export.gguf_vocab import Vocabulary, add_vocabulary, gguf_vocabulary
 from glasstune.export.modelfile import write_modelfile
-from glasstune.generation.tokenizer_facts import TokenizerFacts, tokenizer_facts
+from glasstune.generation.tokenizer_facts import tokenizer_facts
 from glasstune.models.resolve import resolve_model
 
 if TYPE_CHECKING:
@@ -74,8 +74,12 @@ def write_gguf(
             written.
         RunError: `disk_full`.
     """
-    config, arch, facts, vocabulary = check_gguf(folder, kinds)
+    check_kinds(kinds)
+    config = resolve_model(str(folder)).config
+    arch = architecture(config, str(folder))
     plan = plan_tensors(folder, config, arch)
+    facts = tokenizer_facts(folder)
+    vocabulary = gguf_vocabulary(facts, int(config.vocab_size))
     name = name or _HALF_WRITTEN.sub(r"\1", folder.name)
     notes: list[str] = list(vocabulary.notes)
     written: list[Path] = []
@@ -91,18 +95,11 @@ def write_gguf(
     return written
 
 
-def check_gguf(
-    folder: Path, kinds: Sequence[str]
-) -> tuple[Any, gguf.MODEL_ARCH, TokenizerFacts, Vocabulary]:
-    """Refuses what has no GGUF form, from config and tokenizer alone: no weight is read.
-
-    So a merge can ask before it starts, with the base's folder.
-
-    Returns:
-        Config, architecture, tokenizer and vocabulary, for `write_gguf`.
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Refuses a kind that is not written.
 
     Raises:
-        InputError: As `write_gguf`, but for its tensors.
+        InputError: `bad_gguf_kind`.
     """
     wrong = [kind for kind in kinds if kind not in KINDS]
     if wrong or not kinds:
@@ -112,10 +109,6 @@ def check_gguf(
             where="--gguf",
             fix="use f16, q8_0 or both; llama-quantize makes smaller ones from the f16 file",
         )
-    config = resolve_model(str(folder)).config
-    arch = architecture(config, str(folder))
-    facts = tokenizer_facts(folder)
-    return config, arch, facts, gguf_vocabulary(facts, int(config.vocab_size))
 
 
 def _write_one(

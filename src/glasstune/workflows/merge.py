@@ -104,6 +104,12 @@ def merge(
         trained=trained, onto=cast(Onto, onto), dtype=dtype,
     )  # fmt: skip
     tokenizer = _tokenizer(location.adapter, job.folder, trust, findings)
+    if gguf:
+        from glasstune.export.gguf_check import check_gguf_form
+
+        check_gguf_form(
+            resolved.config, _tokenizer_folder(location.adapter, job.folder), resolved.path
+        )
 
     def prompts() -> Prompts:
         return _prompts(tokenizer, resolved, config, findings, progress)
@@ -276,10 +282,14 @@ def _snapshot_fingerprint(hub_id: str | None) -> str | None:
     return None if folder is None else resolve_model(str(folder)).fingerprint
 
 
+def _tokenizer_folder(adapter: Path, base: Path) -> Path:
+    return adapter if (adapter / "tokenizer_config.json").is_file() else base
+
+
 def _tokenizer(adapter: Path, base: Path, trust: bool, findings: list[Finding]) -> Any | None:
     from glasstune.data.tokenizer import load_tokenizer
 
-    folder = adapter if (adapter / "tokenizer_config.json").is_file() else base
+    folder = _tokenizer_folder(adapter, base)
     try:
         return load_tokenizer(str(folder), trust_remote_code=trust)
     except InputError as error:
