@@ -3,7 +3,7 @@
     python bench/plan.py gpu                      # 20 cases, about 3 minutes on an H100
     python bench/plan.py gpu --only llama8b-4 # cases whose name holds this
     python bench/plan.py gpu --device cpu --tiny  # the same road on a CPU: predictions alone
-    python bench/plan.py cpu                      # four cases with SmolLM2-135M
+    python bench/plan.py cpu                      # six cases with SmolLM2-135M
 
 Every case prints one line `RESULT {json}`: what was predicted before anything was allocated, what
 was measured, and the relative error. Each model runs in a process of its own, three at a time: the
@@ -238,7 +238,15 @@ def run_gpu(args: argparse.Namespace) -> int:
 
 
 CPU_CASES = {
-    f"smollm2-{bits}-4x{length}": (bits, 4, length) for bits in (16, 4) for length in (128, 512)
+    f"smollm2-{bits}-{rows}x{length}": (bits, rows, length)
+    for bits, rows, length in (
+        (16, 4, 128),
+        (16, 4, 512),
+        (4, 4, 128),
+        (4, 4, 512),
+        (8, 2, 512),
+        (16, 8, 256),
+    )
 }
 CPU_STEPS = 3
 
@@ -248,9 +256,9 @@ def cpu_case(bits: int, rows: int, length: int) -> dict[str, Any]:
     import resource
     import tempfile
 
-    import cpu_train
     import torch
 
+    import cpu_train
     from glasstune.core.choices import Choices
     from glasstune.core.config_load import config_from_mapping
     from glasstune.workflows.plan import plan_run

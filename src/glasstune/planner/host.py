@@ -11,19 +11,15 @@ from typing import Any
 from glasstune.core.tensors import tensor_shapes
 from glasstune.planner.model import MemoryModel
 
-HOLES = 0.43
-"""Free pieces of glibc's heap that training cannot use again, as a share of its activations.
+HOLES = {True: 0.72, False: 0.5}
+"""Free pieces of glibc's heap that training cannot use again, as a share of its activations: where
+updates are audited (hooks make more small objects) and where not.
 
 Calibrated: torch takes tensors by `posix_memalign`, whose ends hold small objects of the graph, so
-a freed piece no longer holds a tensor of the size it had. Read from `mallinfo2` at the end of a
-forward of SmolLM2-135M (glibc 2.36, torch 2.13): 0.47, 0.43, 0.41, 0.43 and 0.41 of the activations
-at 4 x 512, 4 x 128, 1 x 488, 8 x 512 tokens (16 bit) and 2 x 512 (8 bit).
+a freed piece no longer holds a tensor of the size it had. From the resident peak of whole training
+runs of SmolLM2-135M at 16 bit (glibc 2.36, torch 2.13): 0.77 at 4 x 128 and 0.76 at 4 x 512 tokens
+audited, 0.52 at 4 x 512 not audited; bare steps lost 0.41 to 0.47 (`mallinfo2`).
 """
-
-LEFT_BY_4BIT = 0.85
-"""What packing weights to 4 bit leaves in the heap and training does not use again, as a share of
-the weights at 16 bit. Calibrated: 125 and 221 MiB of 202 MiB were lost with SmolLM2-135M at 4 x 128
-and 4 x 512 tokens."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +29,17 @@ class Host:
     Args:
         context: Bytes resident before the model is loaded: Python, libraries, data.
         mapped: Bytes of weight files that stay mapped although their weights are stored anew.
-        left: Bytes that loading leaves in the heap.
         packed_head: Bytes of the widest weight, which a bfloat16 product packs anew.
     """
 
     context: int
     mapped: int
-    left: int
     packed_head: int
 
 
 def host_of(model: MemoryModel) -> Host:
     """Measures this process, and works out what loading will add."""
     setup = model.setup
-    bf16 = sum(
-        2 * module.in_features * module.out_features
-        for path, module in _quantised(model.shadow.model)
-        for _ in range(model.times(path))
-    )
     mapped = 0
     if setup.bits < 16 and setup.source.weights is not None:
         mapped = _kept_mapped(setup.source.weights, setup.dtype)
@@ -58,18 +47,8 @@ def host_of(model: MemoryModel) -> Host:
     return Host(
         context=resident_bytes(),
         mapped=mapped,
-        left=round(LEFT_BY_4BIT * bf16) if setup.bits == 4 else 0,
         packed_head=head.weight.numel() * head.weight.element_size(),
     )
-
-
-def _quantised(model: Any) -> list[tuple[str, Any]]:
-    kinds = ("Linear4bit", "Linear8bitLt", "Int8Linear")
-    return [
-        (path, part)
-        for path, part in model.named_modules()
-        if type(part).__name__ in kinds and not hasattr(part, "base_layer")
-    ]
 
 
 def _kept_mapped(folder: Path, dtype: str) -> int:

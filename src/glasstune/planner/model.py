@@ -157,11 +157,11 @@ class MemoryModel:
         if compiled:
             # Compiled blocks keep their input, as computed-again ones do: so does what is around.
             around = again
+            plain = trace_step(shadow, batch, loss)  # the same products
             pairs = [
                 compiled_bytes(shadow, path, call, round_to=ROUND["cuda"])
                 for path, call in zip(shadow.blocks, block_calls(shadow, batch), strict=True)
             ]
-            plain = trace_step(shadow, batch, loss)  # the same products
             plains = [
                 replace(pair[0], flops=block.flops)
                 for pair, block in zip(pairs, plain.blocks, strict=True)

@@ -37,6 +37,7 @@ def plan_page(record: Any) -> str:
         "totals": _totals(json),
         "bar": _bar(json["parts"], whole),
         "spoken": _spoken(json["parts"], json["peak_bytes"]),
+        "whole": format_bytes(whole),
         "limit": json["limit_bytes"] / whole,
         "measured": None if not measured else measured / whole,
         "parts": [

@@ -178,9 +178,9 @@ class _Work:
             static = replace(static, base=static.base + host.mapped)
         return moments(
             static, activations, recompute,
-            context=self.device.context if host is None else host.context + host.left,
+            context=self.device.context if host is None else host.context,
             workspace=self.device.library if host is None else host.packed_head,
-            holes=self.device.slack if host is None else HOLES,
+            holes=self.device.slack if host is None else HOLES[self.config.audit.every_n_steps > 0],
         )  # fmt: skip
 
     def peak(self, rows: int, recompute: Recompute, length: int | None = None) -> Moment:
@@ -368,6 +368,8 @@ class _Work:
         return record.total_bytes
 
     def _basis(self) -> dict[str, str]:
+        from glasstune.planner.host import HOLES
+
         found = {
             "base": "exact: transformers' own conversion, bytes by formula",
             "adapters": "exact: PEFT's own layers; gradients and optimiser states likewise",
@@ -378,8 +380,9 @@ class _Work:
         if self.host is not None:
             found["context"] = "measured: what this process holds before the model is loaded"
             found["workspace"] = (
-                "calibrated: free pieces that glibc's heap cannot use again, 0.43 of the "
-                "activations (SmolLM2-135M, five shapes, glibc 2.36)"
+                "calibrated: free pieces that the heap cannot use again, "
+                f"{HOLES[self.config.audit.every_n_steps > 0]:.0%} of the activations (resident "
+                "peaks of SmolLM2-135M, glibc 2.36)"
             )
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from glasstune.core.batch import MicroBatch
 from glasstune.data.documents import length_blocks
 from glasstune.data.packing import PackedSet
+from glasstune.kernels.document_attention.op import SHORT
 
 if TYPE_CHECKING:
     from glasstune.planner.trace import Batch
@@ -61,8 +63,19 @@ def shape_of(
         length=max(batch.input_ids.shape[1] for batch in batches),
         trained=max(1, *(batch.trained_tokens for batch in batches)),
         masked=padded or (longest.packed and mask),
-        bounds=longest.bounds if documents and longest.packed else None,
+        bounds=tuple(map(_joined, longest.bounds)) if documents and longest.packed else None,
     )
+
+
+def _joined(ends: tuple[int, ...]) -> tuple[int, ...]:
+    """Joins neighbouring short documents: they keep the same, and are sooner traced as one."""
+    found = [0]
+    for before, end in pairwise(ends):
+        if len(found) > 1 and end - found[-2] <= SHORT and before == found[-1]:
+            found[-1] = end
+        else:
+            found.append(end)
+    return tuple(found)
 
 
 def _tokens(data: PackedSet, row: int) -> int:
