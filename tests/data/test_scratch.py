@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -194,6 +197,22 @@ def test_percentiles_are_those_of_numpy() -> None:
             "p95": int(np.percentile(lengths, 95)),
             "max": int(lengths.max()),
         }
+
+
+def test_tokenising_needs_no_pandas(tmp_path: Path) -> None:
+    """It would cost every process a third of a second and tens of megabytes."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in alpaca(20)))
+    script = (
+        f"import sys; sys.path[:] = {sys.path!r}\nfrom pathlib import Path\n"
+        f"from preparing import prepare\nprepare(Path({str(path)!r}), keep_columns=True)\n"
+        "print('pandas' in sys.modules)"
+    )
+    environment = {**os.environ, "GLASSTUNE_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, check=True
+    )
+    assert done.stdout == b"False\n"
 
 
 def test_a_full_disk_is_named(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
