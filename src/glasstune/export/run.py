@@ -84,8 +84,8 @@ def merge(run: MergeRun, progress: Progress | None = None) -> Certificate:
     with aside(run.output) as folder:
         try:
             with disk_full_named(run.output, plan.bytes):
-                changed = write_weights(plan, folder, progress)
                 write_companions(plan, folder, run.stops, run.choices)
+                changed = write_weights(plan, folder, progress)
                 written = time.monotonic()
                 measured = _measure(run, plan, prompts, folder, progress)
                 record = _record(run, plan, prompts or Prompts(), changed, measured)
