@@ -94,6 +94,10 @@ def train(
 
     result = record.to_dict()
     print_record("dry_run" if dry_run else "train", result, console(json))
+    if result.get("plan"):
+        from glasstune.reports.plan_text import print_plan
+
+        print_plan(result["plan"], console(json))
     emit(result, json)
     if not result["ok"]:
         raise typer.Exit(3 if result.get("stopped_by") == "signal" else 1)

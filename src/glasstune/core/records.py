@@ -98,6 +98,7 @@ class DryRunRecord(Record):
     data: DataRecord
     choices: list[dict[str, Any]]
     config: str
+    plan: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)

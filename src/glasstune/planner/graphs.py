@@ -8,6 +8,7 @@ is fused into their readers and writes none, and a buffer is free after its last
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,14 @@ def compile_block(
     shadow: Shadow, path: str, call: tuple[tuple[Any, ...], dict[str, Any]]
 ) -> Compiled:
     """Has torch's compiler make the graphs of a block; no code is generated and nothing runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler's own parts
+        return _compile_block(shadow, path, call)
+
+
+def _compile_block(
+    shadow: Shadow, path: str, call: tuple[tuple[Any, ...], dict[str, Any]]
+) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
     found: list[fx.GraphModule] = []

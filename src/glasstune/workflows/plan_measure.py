@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from glasstune.core.errors import RunError
 from glasstune.core.findings import Finding
 from glasstune.core.protocols import Progress
-from glasstune.core.units import format_bytes
+from glasstune.core.units import format_bytes, format_seconds
 from glasstune.workflows.plan_batch import largest_batch
 
 if TYPE_CHECKING:
@@ -41,6 +41,27 @@ def measured(planned: Planned, progress: Progress) -> PlanRecord:
         finally:
             adapted.slow_down()
     return compared(planned, adapted.device, seconds)
+
+
+def measured_start(planned: Planned, adapted: AdaptedModel, progress: Progress) -> Planned:
+    """Runs the longest batch before the first update of a run, and says how far the plan is off.
+
+    Weights, gradients, random states and the order of rows are what they were.
+
+    Raises:
+        torch.OutOfMemoryError: The device had less than was planned.
+    """
+    seconds = dry_step(planned, adapted)
+    record = compared(planned, adapted.device, seconds)
+    assert record.measured_peak_bytes is not None
+    assert record.error is not None
+    progress.say(
+        f"plan: a step of the longest batch took {format_bytes(record.measured_peak_bytes)}, "
+        f"{format_bytes(record.peak_bytes)} were planned ({record.error:+.1%}); "
+        f"{format_seconds(record.seconds_per_update)} an update, "
+        f"{format_seconds(record.total_seconds)} in all"
+    )
+    return replace(planned, record=record)
 
 
 def dry_step(planned: Planned, adapted: AdaptedModel) -> float:

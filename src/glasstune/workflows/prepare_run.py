@@ -10,6 +10,7 @@ from glasstune.core.config import Config, DistributedConfig
 from glasstune.core.config_load import dump_config
 from glasstune.core.errors import InputError
 from glasstune.core.protocols import Progress
+from glasstune.core.recompute import Recompute
 from glasstune.core.records import DryRunRecord
 from glasstune.core.units import parse_bytes
 
@@ -33,6 +34,7 @@ class Prepared:
         terms: Loss terms.
         schedule: Sizes and number of updates.
         pad_id: Padding token id.
+        recompute: Layers computed again, where the plan has chosen.
     """
 
     config: Config
@@ -43,6 +45,7 @@ class Prepared:
     terms: tuple[Term, ...]
     schedule: Schedule
     pad_id: int
+    recompute: Recompute | None = None
 
     def dry_run_record(self) -> DryRunRecord:
         """What `--dry-run` reports."""

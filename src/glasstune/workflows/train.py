@@ -17,6 +17,8 @@ from glasstune.core.protocols import Progress, StepAudit
 from glasstune.core.records import DryRunRecord, TrainRecord
 from glasstune.workflows import run_folder
 from glasstune.workflows.open_model import complete_steps
+from glasstune.workflows.plan import Planned, plan_start
+from glasstune.workflows.plan_measure import measured_start, memory_named
 from glasstune.workflows.prepare_run import Prepared, prepare
 
 if TYPE_CHECKING:
@@ -63,12 +65,14 @@ def train(
         run_folder.claim_folder(folder, bool(resume), overwrite)
     with nullcontext() if dry_run else run_folder.sole_writer(folder, choices):
         prepared = prepare(config, choices, progress)
-        if dry_run:
-            return prepared.dry_run_record()
         session = _Session(config, folder, choices, prepared, progress, list(notes), overwrite)
+        session.plan(bool(resume), always=dry_run)
+        if dry_run:
+            return session.dry_run_record()
         try:
-            run, state = session.open(resume)
-            return session.close(run, _loop(run, state), started)
+            with memory_named(session.planned, "the last complete checkpoint is kept"):
+                run, state = session.open(resume)
+                return session.close(run, _loop(run, state), started)
         finally:
             session.slow_down()
 
@@ -92,7 +96,26 @@ class _Session:
     overwrite: bool = False
     findings: list[Finding] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+    planned: Planned | None = None
     _adapted: AdaptedModel | None = None
+
+    def plan(self, resume: bool, *, always: bool = False) -> None:
+        """Plans memory and time before anything is loaded.
+
+        Raises:
+            InputError: `does_not_fit`.
+        """
+        self.planned = plan_start(
+            self.prepared, self.progress, self._updates_left(resume), always=always
+        )
+        if self.planned is not None:
+            self.prepared = self.planned.prepared
+
+    def dry_run_record(self) -> DryRunRecord:
+        """What would be trained, with its plan."""
+        record = self.prepared.dry_run_record()
+        record.plan = None if self.planned is None else self.planned.record.to_dict()
+        return record
 
     def open(self, resume: str | bool | None) -> tuple[Run, LoopState]:
         """Loads the model, builds optimiser and hooks, restores a checkpoint where asked."""
@@ -124,6 +147,8 @@ class _Session:
             writers=self._writers(),
         )
         state = self._restore(run, resume)
+        if self.planned is not None and adapted.device.type == "cuda":
+            self.planned = measured_start(self.planned, adapted, self.progress)
         run.audit = self._audit(run, state.attempt)
         assert adapted.speed_record is not None
         record = adapted.speed_record.to_dict()
@@ -137,6 +162,7 @@ class _Session:
             updates=run.schedule.total,
             attempt=state.attempt,
             adapter_checkpoint=None,
+            plan=None if self.planned is None else self.planned.record.to_dict(),
             speed={"modules": record["modules"], "compiled": record["compiled"]},
         )
         run_folder.write_start(self.folder, self.config, self.choices, self.extra)

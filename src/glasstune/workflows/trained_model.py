@@ -121,7 +121,7 @@ def _adapt(prepared: Prepared, base: Any, note: Note, speed: SpeedChoice) -> Ada
         )
         note(Finding("dropout_per_micro_batch", "warning", f"model's {key}", text))
     length = config.data.max_length if speed.shape is None else speed.shape.length
-    recompute = resolve_recompute(
+    recompute = prepared.recompute or resolve_recompute(
         model, config.training, prepared.schedule.micro, length, choices,
         compiled=speed.compiled, itemsize=4 if autocast is None else 2,
     )  # fmt: skip

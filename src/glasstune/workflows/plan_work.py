@@ -1,0 +1,280 @@
+"""The numbers of one run: bytes and seconds of every way to run it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from glasstune.core.findings import Finding
+from glasstune.core.plan import Moment, PlanRecord, Several
+from glasstune.core.recompute import Recompute
+from glasstune.workflows.plan_batch import shape_of
+from glasstune.workflows.plan_device import Device, device_of
+from glasstune.workflows.plan_ways import alternatives, refusal
+from glasstune.workflows.prepare_run import Prepared
+
+if TYPE_CHECKING:
+    from glasstune.planner.choose import Option
+    from glasstune.planner.model import MemoryModel
+    from glasstune.planner.trace import Batch
+
+_MANY = (2, 4, 8)
+
+
+class Work:
+    """The numbers of one run."""
+
+    def __init__(self, prepared: Prepared, updates: int | None) -> None:
+        from glasstune.models.inspect.source import open_source
+        from glasstune.planner.host import host_of
+        from glasstune.planner.model import MemoryModel
+
+        self.prepared = prepared
+        self.config = prepared.config
+        self.total = prepared.schedule.total if updates is None else updates
+        self.device: Device = device_of(prepared, self.total)
+        source = open_source(
+            prepared.resolved.folder_or_id, trust_remote_code=prepared.resolved.trust_remote_code
+        )
+        self.model: MemoryModel = MemoryModel(_setup(prepared, self.device, source))
+        batch = self._batch(prepared.schedule.micro)
+        self.activations = self.model.activations(batch)
+        self.batch = batch
+        self.asked_rows = prepared.choices.get("training.per_device_train_batch_size") is None
+        self.host = host_of(self.model) if self.device.kind == "cpu" else None
+        self.device.measure(self.model, batch)
+        self.limit, self.limit_reason = self.device.limit(self.config)
+
+    def _batch(self, rows: int) -> Batch:
+        from glasstune.planner.shadow import packing_of
+
+        data = self.prepared.data
+        base = self.model.shadow.model.get_base_model()
+        way = packing_of(base, self.device.kind)
+        return shape_of(
+            (data.train, data.validation), rows, self.prepared.pad_id,
+            documents=way == "documents", mask=way == "mask",
+        )  # fmt: skip
+
+    def choose(self) -> tuple[Option, int]:
+        """Returns the fastest way that fits, and its rows of a forward."""
+        from glasstune.planner.choose import fastest
+
+        found: list[tuple[Option, int]] = []
+        for rows in self.row_numbers():
+            option = fastest(self.options(rows), self.limit)
+            if option is not None:
+                found.append((option, rows))
+        if not found:
+            raise refusal(self)
+        return min(found, key=lambda pair: (pair[0].seconds, -pair[1]))
+
+    def row_numbers(self) -> list[int]:
+        """Returns the rows of a forward that may be tried: the schedule's, smaller equal parts."""
+        most, batch = self.prepared.schedule.micro, self.prepared.schedule.batch
+        if self.asked_rows:
+            return [most]
+        parts = {-(-batch // forwards) for forwards in range(-(-batch // most), batch + 1)}
+        return sorted((rows for rows in parts if rows <= most), reverse=True)
+
+    def options(self, rows: int, length: int | None = None) -> list[Option]:
+        """Works out every policy that the configuration allows, for some rows of a forward."""
+        from glasstune.planner.choose import ways
+        from glasstune.training.recompute import decoder_layers
+
+        asked = self.config.training.recompute
+        layers = self.model.layers
+        cuda = self.device.kind == "cuda"
+
+        def cost(recompute: Recompute) -> tuple[int, float]:
+            return self.peak(rows, recompute, length).bytes, self.seconds(rows, recompute, length)
+
+        every = ways(layers, cost, offload=cuda)
+        if asked == "auto":
+            if len(decoder_layers(self.model.shadow.model)) == len(self.model.shadow.blocks):
+                return every
+            # An old family has one switch for all layers.
+            return [option for option in every if option.recompute.layers in (0, layers)]
+        wanted = Recompute(
+            0 if asked == "none" else layers, offload=asked == "offload" and cuda and layers > 0
+        )
+        return [option for option in every if option.recompute == wanted]
+
+    def moments(self, rows: int, recompute: Recompute, length: int | None = None) -> list[Moment]:
+        """Returns the peaks of every phase."""
+        from glasstune.planner.host import HOLES
+        from glasstune.planner.peak import moments
+        from glasstune.planner.trace import with_rows
+
+        batch = with_rows(self.batch, rows)
+        if length is not None:
+            batch = replace(batch, length=length)
+        activations = (
+            self.activations if batch == self.batch else self.model.scaled(batch, self.batch)
+        )
+        static, host = self.model.static, self.host
+        if host is not None:
+            static = replace(static, base=static.base + host.mapped)
+        return moments(
+            static, activations, recompute,
+            context=self.device.context if host is None else host.context,
+            workspace=self.device.library if host is None else host.packed_head,
+            holes=self.device.slack if host is None else HOLES[self.config.audit.every_n_steps > 0],
+        )  # fmt: skip
+
+    def peak(self, rows: int, recompute: Recompute, length: int | None = None) -> Moment:
+        """Returns the highest moment."""
+        from glasstune.planner.peak import peak
+
+        return peak(self.moments(rows, recompute, length))
+
+    def seconds(self, rows: int, recompute: Recompute, length: int | None = None) -> float:
+        """Returns the mean seconds of an update."""
+        from glasstune.planner.peak import step_flops
+        from glasstune.planner.seconds import forward_seconds
+
+        schedule = self.prepared.schedule
+        share = rows * (length or self.batch.length) / self.batch.tokens
+        flops = round(step_flops(self.activations, recompute) * share)
+        forwards = schedule.batch / rows * self.batch.length / (length or self.batch.length)
+        tokens = rows * (length or self.batch.length)
+        once = forward_seconds(
+            flops, tokens, self.device.rate, self.device.kind, self.model.setup.compiled
+        )
+        return forwards * once
+
+    def record(self, option: Option, rows: int) -> PlanRecord:
+        """Builds the record of a chosen way."""
+        from glasstune.planner.choose import policy_name, reason
+        from glasstune.planner.peak import owner, peak
+        from glasstune.planner.several import ddp, fsdp2
+
+        found = self.moments(rows, option.recompute)
+        high = peak(found)
+        training, data = self.config.training, self.prepared.data
+        evaluation = self.evaluation_seconds(rows)
+        layers = self.model.layers
+        static = self.model.static
+        layer = static.base // max(1, layers)
+        shares = [] if self.device.kind == "cpu" else [
+            share for count in _MANY for share in (ddp(static, count), fsdp2(static, count, layer))
+        ]  # fmt: skip
+        saved = static.adapters + static.optimizer
+        kept = (training.save_total_limit or 1) + (1 if data.validation is not None else 0)
+        return PlanRecord(
+            peak_bytes=high.bytes,
+            parts=high.parts,
+            recompute_layers=option.recompute.layers,
+            reason=reason(option, self.options(rows), self.limit, layers),
+            updates=self.total,
+            tokens_per_epoch=data.train.tokens,
+            seconds_per_update=option.seconds,
+            total_seconds=option.seconds * self.total + evaluation,
+            basis="estimate",
+            disk_bytes=kept * saved + static.adapters,
+            alternatives=alternatives(self, option, rows),
+            limit_bytes=self.limit,
+            limit_reason=self.limit_reason,
+            phase=high.phase,
+            owner=owner(high),
+            moments=found,
+            layers=layers,
+            recompute=policy_name(option.recompute, layers),
+            model=self.config.model.path,
+            bits=self.config.model.bits,
+            device=self.device.name,
+            rows=rows,
+            length=self.batch.length,
+            trained_tokens=self.batch.trained or self.batch.tokens,
+            tokens_per_second=data.train.tokens
+            / max(1e-9, option.seconds * self.prepared.schedule.updates_per_epoch),
+            evaluation_seconds=evaluation,
+            download_bytes=self.device.download(self.prepared, static.base),
+            host_bytes=option.recompute.layers * self.activations.entering
+            if option.recompute.offload
+            else 0,
+            basis_of=self._basis(),
+            several=[self._several(share, rows, option.recompute) for share in shares],
+            findings=self._findings(),
+        )
+
+    def _several(self, share: Any, rows: int, recompute: Recompute) -> Several:
+        from glasstune.planner.peak import moments, peak
+        from glasstune.planner.trace import with_rows
+
+        batch = with_rows(self.batch, rows)
+        activations = (
+            self.activations if batch == self.batch else self.model.scaled(batch, self.batch)
+        )
+        high = peak(
+            moments(
+                share.static, activations, recompute, context=self.device.context,
+                workspace=self.device.library + share.workspace, holes=self.device.slack,
+            )
+        )  # fmt: skip
+        return Several(share.strategy, share.devices, high.bytes, high.parts)
+
+    def evaluation_seconds(self, rows: int) -> float:
+        """Returns the seconds of all evaluations: a third of a step's operations a row."""
+        from glasstune.training.batching import evaluation_interval
+
+        validation = self.prepared.data.validation
+        if validation is None or self.total < 1:
+            return 0.0
+        training = self.config.training
+        times = self.total // evaluation_interval(training, self.total)
+        times += 1 if training.eval_on_start else 0
+        once = self.seconds(rows, Recompute(0)) / self.prepared.schedule.batch / 3
+        return times * once * validation.rows
+
+    def _basis(self) -> dict[str, str]:
+        from glasstune.planner.host import HOLES
+
+        found = {
+            "base": "exact: transformers' own conversion, bytes by formula",
+            "adapters": "exact: PEFT's own layers; gradients and optimiser states likewise",
+            "activations": "; ".join(self.activations.notes),
+            "seconds": self.device.rate_note,
+            **self.device.notes,
+        }
+        if self.host is not None:
+            found["context"] = "measured: what this process holds before the model is loaded"
+            found["workspace"] = (
+                "calibrated: free pieces that the heap cannot use again, "
+                f"{HOLES[self.config.audit.every_n_steps > 0]:.0%} of the activations (resident "
+                "peaks of SmolLM2-135M, glibc 2.36)"
+            )
+        return found
+
+    def _findings(self) -> list[Finding]:
+        names = [loss.name for loss in self.config.losses if loss.name != "next_token"]
+        if not names:
+            return []
+        return [
+            Finding(
+                "terms_not_planned",
+                "info",
+                "losses",
+                f"what {', '.join(names)} keep beside the next token's loss is not in the plan",
+                "--measure runs a real step",
+            )
+        ]
+
+
+def _setup(prepared: Prepared, device: Device, source: Any) -> Any:
+    from glasstune.planner.model import Setup
+
+    model = prepared.config.model
+    adapter = prepared.config.adapter
+    options = adapter.lora_options()
+    if adapter.path is not None:
+        from glasstune.adapters.overlay import saved_adapter_options
+
+        options = {**saved_adapter_options(adapter.path), **adapter.given_options()}
+    return Setup(
+        source=source, bits=model.bits, adapter=options, quantization=model.quantization,
+        dtype=model.dtype, int8_compute=model.int8_compute,
+        optim=prepared.config.training.optim, target=device.kind, fast=device.fast,
+        compiled=device.compiled, attention=model.attn_implementation or device.attention,
+        packed=prepared.data.train.packed,
+    )  # fmt: skip

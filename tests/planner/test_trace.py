@@ -1,0 +1,121 @@
+"""Traced steps against real ones: what autograd really saves, op by op, on tiny models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_config
+from torch import Tensor
+
+from glasstune.adapters.inject import add_adapter, keep_activation_dtype
+from glasstune.kernels.document_attention import op as document_attention
+from glasstune.kernels.linear_cross_entropy import linear_cross_entropy
+from glasstune.models.inspect.source import open_source
+from glasstune.planner.losses import frozen_head_loss
+from glasstune.planner.model import MemoryModel, Setup
+from glasstune.planner.shadow import make_shadow
+from glasstune.planner.trace import Batch, trace_step
+
+ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+ROWS, LENGTH = 2, 64
+
+
+def real_saved(family: str) -> int:
+    """Bytes of distinct storages that a real forward saves, plus its output; weights left out."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.bfloat16)
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    model = add_adapter(base, **ADAPTER).train()
+    keep_activation_dtype(model)
+    held = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in held:
+            saved[storage._cdata] = storage
+        return tensor
+
+    ids = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    causal = model.get_base_model()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value),
+    ):
+        hidden = causal.base_model(**inputs, return_dict=True)[0]
+    saved[hidden.untyped_storage()._cdata] = hidden.untyped_storage()
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_kept_bytes_are_those_that_a_real_forward_saves(family: str) -> None:
+    shadow = make_shadow(open_source(tiny_config(family)), 16, ADAPTER)
+    found = trace_step(shadow, Batch(ROWS, LENGTH), frozen_head_loss)
+    kept = found.before + sum(block.kept for block in found.blocks) + found.head_kept
+    # Inputs and positions live too, and nothing saves them.
+    assert kept == pytest.approx(real_saved(family), rel=0.02)
+
+
+def test_a_recomputed_block_keeps_its_output_alone() -> None:
+    shadow = make_shadow(open_source(tiny_config()), 16, ADAPTER)
+    found = trace_step(shadow, Batch(ROWS, LENGTH), frozen_head_loss, recompute=True)
+    output = ROWS * LENGTH * 64 * 2  # bfloat16
+    casts = 2 * sum(p.numel() for p in shadow.model.parameters() if p.requires_grad) // 2
+    for block in found.blocks:
+        assert output <= block.kept <= output + casts
+    plain = trace_step(shadow, Batch(ROWS, LENGTH), frozen_head_loss)
+    assert found.blocks[1].kept < plain.blocks[1].kept / 4
+    # The forward is there once more: two of six products of the base, as in a hand count.
+    assert found.blocks[1].flops / plain.blocks[1].flops == pytest.approx(1.5, abs=0.12)
+
+
+def test_operations_are_counted_as_by_hand() -> None:
+    shadow = make_shadow(open_source(tiny_config()), 16, ADAPTER)
+    block = trace_step(shadow, Batch(ROWS, LENGTH), frozen_head_loss).blocks[1]
+    tokens, hidden, inner = ROWS * LENGTH, 64, 128
+    base = hidden * hidden * 2 + 2 * hidden * (hidden // 2) + 3 * hidden * inner
+    lora = (
+        8 * (4 * hidden + 2 * hidden + hidden + 2 * (hidden // 2) + 3 * (hidden + inner))
+        - 8 * 2 * hidden
+    )
+    attention = 4 * ROWS * LENGTH * LENGTH * hidden
+    by_hand = 4 * tokens * base + 6 * tokens * lora + attention * 7 // 2
+    assert block.flops == pytest.approx(by_hand, rel=0.06)
+
+
+def test_nothing_without_data_is_left_behind() -> None:
+    model = MemoryModel(Setup(open_source(tiny_config()), 16, ADAPTER, packed=True))
+    model.activations(Batch(1, LENGTH, 20, bounds=((0, 30, LENGTH),)))
+    q = torch.randn(4, 30, 16, dtype=torch.bfloat16)
+    k = torch.randn(2, 30, 16, dtype=torch.bfloat16)
+    assert torch.isfinite(document_attention.document_attention(q, k, k).float()).all()
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_static_bytes_are_those_of_a_real_adapter(bits: int) -> None:
+    model = MemoryModel(Setup(open_source(tiny_config(num_hidden_layers=5)), bits, ADAPTER))
+    # r=8 on q, k, v, o, gate, up, down of 5 layers: (in + out) * r each.
+    sizes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
+    trained = 5 * sum(8 * (a + b) for a, b in sizes)
+    assert model.static.adapters == model.static.gradients == 4 * trained
+    assert model.static.optimizer == 8 * trained
+    assert model.layers == 5
+
+
+def test_real_memory_of_the_loss_is_traced() -> None:
+    """The fused loss saves the gradient of hidden and nothing of the vocabulary."""
+    hidden = torch.randn(40, 64, requires_grad=True)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.untyped_storage().nbytes()) or t, lambda t: t
+    ):
+        linear_cross_entropy(
+            hidden, torch.randn(512, 64), torch.zeros(40, dtype=torch.int64), torch.ones(40)
+        )
+    assert saved == [40 * 64 * 4]
