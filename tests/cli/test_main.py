@@ -12,7 +12,7 @@ from glasstune.cli.train import resume_value, split_arguments
 from glasstune.core.errors import InputError, RunError, StoppedBySignal
 from glasstune.core.records import TrainRecord
 
-UNBUILT = ("plan", "report")
+UNBUILT = ("report",)
 
 
 def run_python(code: str, *args: str) -> subprocess.CompletedProcess[str]:

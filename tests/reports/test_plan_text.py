@@ -1,0 +1,47 @@
+"""The plan on a terminal: the bar to scale, the numbers of the record."""
+
+from __future__ import annotations
+
+import io
+
+from plans import GIB, hand_plan
+
+from glasstune.reports.plan_text import LETTERS, bar_lines, print_plan
+from glasstune.reports.terminal import console_for
+
+
+def printed(**changes: object) -> str:
+    text = io.StringIO()
+    print_plan(hand_plan(**changes), console_for(text))
+    return text.getvalue()
+
+
+def test_the_bar_is_to_scale() -> None:
+    (line,) = bar_lines(hand_plan().to_dict(), 88)
+    assert len(line) == 90
+    # 22 GiB on 88 characters: 4 a GiB.
+    counts = {name: line.count(letter) for name, letter in LETTERS.items()}
+    assert counts == {
+        "base": 24, "adapters": 1, "gradients": 0, "optimizer": 2, "activations": 36,
+        "workspace": 8, "context": 2,
+    }  # fmt: skip
+    assert line.count(".") == 88 - 73
+
+
+def test_a_peak_above_the_limit_and_a_measured_one_are_marked() -> None:
+    lines = bar_lines(hand_plan(limit_bytes=10 * GIB, measured_peak_bytes=15 * GIB).to_dict(), 73)
+    assert lines[1].index("^") == 1 + 40
+    assert lines[2].index("^") == 1 + 60
+
+
+def test_the_numbers_are_those_of_the_record() -> None:
+    text = printed(measured_peak_bytes=19 * GIB, error=-0.0395)
+    for words in (
+        "meta-llama/Llama-3.1-8B at 4 bit on NVIDIA H100: peak 18.2 GiB of 22.0 GiB",
+        "The peak is in the loss (head and loss); the largest part is then activations.",
+        "the first 12 of 32 layers computed again", "19.0 GiB", "-4.0%",
+        "1,200 updates of 2.5 s, 52 min 00 s in all", "Disk: 3.0 GiB written; download: 16.0 GiB",
+        "training.recompute=none", "no", "fsdp2", "context: calibrated on a card",
+        "info [terms_not_planned]",
+    ):  # fmt: skip
+        assert words in text, words

@@ -1,0 +1,241 @@
+"""`glasstune plan` and the plan inside training, on tiny models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import QuietProgress, tiny_run
+
+from glasstune.core.choices import Choices
+from glasstune.core.config_load import config_from_mapping
+from glasstune.core.errors import InputError, RunError
+from glasstune.workflows import plan as plan_module
+from glasstune.workflows.plan import plan, plan_run, plan_start, small
+from glasstune.workflows.plan_batch import largest_batch, longest_rows
+from glasstune.workflows.plan_measure import dry_step, memory_named
+from glasstune.workflows.prepare_run import prepare
+from glasstune.workflows.train import train
+from glasstune.workflows.trained_model import open_trained
+
+
+def planned(config: Any) -> Any:
+    return plan_run(prepare(config, Choices(), QuietProgress()), QuietProgress())
+
+
+def test_the_record_adds_up(tiny_llama: Path, qa_file: Path, tmp_path: Path) -> None:
+    record = plan(tiny_run(tiny_llama, qa_file, tmp_path / "run"), progress=QuietProgress())
+    assert record.peak_bytes == sum(record.parts.values())
+    assert record.peak_bytes == max(moment.bytes for moment in record.moments)
+    assert record.basis == "estimate"
+    assert record.fits
+    assert record.measured_peak_bytes is None
+    # All of the folder's weights, float32 as the folder stores them.
+    real = sum(
+        value.numel() * 4 for value in _weights(tiny_llama).values() if value.is_floating_point()
+    )
+    assert record.parts["base"] == pytest.approx(real, rel=0.01)
+    content = record.to_dict()
+    for key in ("peak_bytes", "parts", "recompute_layers", "reason", "updates", "alternatives"):
+        assert key in content
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    from glasstune.core.tensors import load_tensors
+
+    return load_tensors(folder / "model.safetensors")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_loading(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glasstune.models.load.load_base", _never)
+    run = tiny_run(tiny_llama, qa_file, tmp_path / "run", training={"max_memory": "20MiB"})
+    with pytest.raises(InputError) as caught:
+        train(run, progress=QuietProgress())
+    assert caught.value.code == "does_not_fit"
+    assert "20.0 MiB may be used (training.max_memory)" in caught.value.message
+    assert caught.value.fix.count("; or ") == 2
+    assert "model.bits: 4" in caught.value.fix
+
+
+def _never(*_: Any, **__: Any) -> None:
+    raise AssertionError("weights were loaded")
+
+
+def test_a_tight_limit_has_layers_recomputed(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path
+) -> None:
+    def run(limit: str | None) -> Any:
+        training = {"train_batch_size": 8, "per_device_train_batch_size": 8}
+        if limit is not None:
+            training["max_memory"] = limit
+        data = {"packing": False}
+        return tiny_run(tiny_llama, qa_file, tmp_path / "run", training=training, data=data)
+
+    free = planned(run(None)).record
+    assert free.recompute_layers == 0
+    full = min(a.peak_bytes for a in free.alternatives if "training.recompute" in a.change)
+    assert full < free.peak_bytes
+    between = (full + free.peak_bytes) // 2
+    context = free.parts["context"]
+    found = None
+    for _ in range(3):  # what the process holds may have grown since
+        grown = planned(run(None)).record.parts["context"] - context
+        found = planned(run(str(between + grown)))
+        if found.record.fits:
+            break
+    assert found is not None
+    assert found.record.fits
+    assert found.recompute.layers > 0
+    assert "layers computed again" in found.record.reason
+
+
+def test_auto_rows_get_smaller_where_memory_asks(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glasstune.workflows import plan_work
+
+    config = tiny_run(
+        tiny_llama, qa_file, tmp_path / "run",
+        training={
+            "train_batch_size": 8, "per_device_train_batch_size": "auto", "recompute": "none",
+        },
+        data={"max_length": 128, "packing": False},
+    )  # fmt: skip
+    prepared = prepare(config, Choices(), QuietProgress())
+    work = plan_work.Work(prepared, None)
+    from glasstune.core.recompute import Recompute
+
+    most = prepared.schedule.micro
+    assert work.row_numbers()[0] == most > 1
+    work.limit = work.peak(most, Recompute()).bytes - 1
+    option, rows = work.choose()
+    assert rows < most
+    assert option.peak <= work.limit
+
+
+def test_the_longest_rows_are_found(tiny_llama: Path, qa_file: Path, tmp_path: Path) -> None:
+    config = tiny_run(tiny_llama, qa_file, tmp_path / "run", data={"packing": False})
+    data = prepare(config, Choices(), QuietProgress()).data.train
+    lengths = [len(data.documents[index]) for index in range(data.rows)]
+    top = longest_rows(data, 3)
+    assert [lengths[row] for row in top] == sorted(lengths, reverse=True)[:3]
+    assert largest_batch(data, 3, 0).input_ids.shape[1] >= max(lengths)
+
+
+def test_measuring_changes_nothing(tiny_llama: Path, qa_file: Path, tmp_path: Path) -> None:
+    found = planned(tiny_run(tiny_llama, qa_file, tmp_path / "run"))
+    adapted, parameters, _ = open_trained(found.prepared, lambda *_: None)
+    before = {name: value.detach().clone() for name, value in parameters.items()}
+    adapted.model.eval()
+    random = torch.get_rng_state()
+    seconds = dry_step(found, adapted)
+    assert seconds > 0
+    assert torch.equal(random, torch.get_rng_state())
+    assert not adapted.model.training
+    for name, value in parameters.items():
+        assert value.grad is None
+        assert torch.equal(value, before[name]), name
+
+
+def test_measure_puts_the_real_peak_beside_the_plan(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path
+) -> None:
+    config = tiny_run(tiny_llama, qa_file, tmp_path / "run")
+    record = plan(config, measure=True, progress=QuietProgress())
+    assert record.basis == "measured"
+    assert record.measured_peak_bytes is not None
+    assert record.error == pytest.approx(record.peak_bytes / record.measured_peak_bytes - 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_is_one_clear_error(tiny_llama: Path, qa_file: Path, tmp_path: Path) -> None:
+    found = planned(tiny_run(tiny_llama, qa_file, tmp_path / "run"))
+    with pytest.raises(RunError) as caught, memory_named(found, "the last checkpoint is kept"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    assert caught.value.code == "out_of_memory"
+    assert "Tried to allocate 2.00 GiB" in caught.value.message
+    assert "planned were" in caught.value.message
+    assert "the last checkpoint is kept" in caught.value.fix
+    with pytest.raises(ValueError, match="other"), memory_named(found):
+        raise ValueError("other")
+
+
+def test_out_of_memory_in_training_keeps_the_last_checkpoint(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glasstune.training import loop
+
+    real, seen = loop.launch_update, []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "launch_update", failing)
+    run = tiny_run(
+        tiny_llama, qa_file, tmp_path / "run", training={"save_steps": 1, "max_steps": 4}
+    )
+    with pytest.raises(RunError) as caught:
+        train(run, progress=QuietProgress())
+    assert caught.value.code == "out_of_memory"
+    assert (tmp_path / "run" / "checkpoints" / "step-2").is_dir()
+    monkeypatch.setattr(loop, "launch_update", real)
+    again = tiny_run(
+        tiny_llama, qa_file, tmp_path / "run", training={"save_steps": 1, "max_steps": 4}
+    )
+    assert train(again, resume=True, progress=QuietProgress()).updates == 4
+
+
+def test_small_runs_need_no_plan_and_a_failed_plan_is_said(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(tiny_llama, qa_file, tmp_path / "run")
+    prepared = prepare(config, Choices(), QuietProgress())
+    assert small(prepared)
+    assert plan_start(prepared, QuietProgress(), 3) is None
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("a family that is unlike all others")
+
+    monkeypatch.setattr(plan_module, "plan_run", broken)
+    assert plan_start(prepared, QuietProgress(), 3, always=True) is None
+    said = prepared.choices.get("plan")
+    assert said is not None
+    assert said.reason.startswith("warning: KeyError")
+
+
+def test_training_is_the_same_with_and_without_a_plan(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glasstune.core.tensors import load_tensors
+
+    def trained(name: str) -> dict[str, torch.Tensor]:
+        folder = tmp_path / name
+        train(
+            tiny_run(tiny_llama, qa_file, folder, training={"max_steps": 2}),
+            progress=QuietProgress(),
+        )
+        return load_tensors(folder / "adapter" / "adapter_model.safetensors")
+
+    without = trained("without")
+    monkeypatch.setattr(plan_module, "SMALL", 0)
+    with_plan = trained("with")
+    assert without.keys() == with_plan.keys()
+    for name, value in without.items():
+        assert torch.equal(value, with_plan[name]), name
+
+
+def test_a_config_from_a_mapping_is_planned(tiny_llama: Path, qa_file: Path) -> None:
+    config = config_from_mapping(
+        {"model": {"path": str(tiny_llama), "bits": 4, "device": "cpu"},
+         "data": {"sources": [{"path": str(qa_file)}], "validation_split": 0.0}}
+    ).config  # fmt: skip
+    record = plan(config, progress=QuietProgress())
+    assert record.bits == 4
+    assert record.evaluation_seconds == 0
