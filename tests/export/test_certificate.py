@@ -221,6 +221,21 @@ def test_distance_of_hand_worked_logits():
     assert distance.logit_difference == pytest.approx(1.0986123, rel=1e-6)
 
 
+def test_distance_of_infinite_and_broken_logits():
+    ruled_out = torch.tensor([[0.0, 1.0, -torch.inf]])
+    distance = Distance()
+    distance.add(ruled_out, ruled_out.clone())
+    assert distance.mean == 0.0
+    assert distance.logit_difference == 0.0
+    distance.add(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, torch.nan, 2.0]]))
+    distance.add(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, 1.0, 2.5]]))
+    assert distance.mean != distance.mean
+    assert distance.worst != distance.worst
+    assert distance.logit_difference != distance.logit_difference
+    with pytest.raises(ValueError, match="logits"):
+        distance.add(torch.zeros(1, 3), torch.zeros(1, 4))
+
+
 def test_greedy_agreement_of_hand_made_tokens():
     """Rows of 3 (held out), 5 and 6 tokens, the last 2 of each continued row appended."""
     from glasstune.export.certificate import _greedy_agreement

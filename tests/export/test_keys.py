@@ -6,6 +6,7 @@ import pytest
 import torch
 from battery import ARCHITECTURES, KEPT_FLOAT, battery_config, save_battery_model
 from merging import adapted, load_plain, logits_of, method_options, save_peft, stored
+from safetensors.torch import load_file
 
 from glasstune.core.errors import InputError
 from glasstune.models.conversion import KeyMap
@@ -99,6 +100,24 @@ def test_a_mixture_keeps_its_checkpoints_names_and_each_expert_its_own_change(tm
             found = after[key].double() - before[key].double()
             assert torch.allclose(found, part, atol=1e-6), key
             assert float(part.abs().max()) > 0.01
+
+
+def test_experts_of_one_weight_in_many_shards(tmp_path):
+    whole = save_battery_model("mixtral", tmp_path)
+    base = tmp_path / "shards"
+    load_plain(whole).save_pretrained(base, max_shard_size="40KB")
+    places: dict[str, set[str]] = {}
+    for file in base.glob("*.safetensors"):
+        for key in load_file(file):
+            places.setdefault(key.split(".experts.")[0], set()).add(file.name)
+    assert any(len(files) > 1 for key, files in places.items() if "moe" in key)
+    wrapped = adapted(base, method_options("mixtral", "experts"), scale=0.4)
+    adapter = save_peft(wrapped, tmp_path / "adapter")
+    assert merge(adapter, tmp_path / "out", base=str(base), dtype="float32").passed
+    for file in base.glob("*.safetensors"):
+        assert set(load_file(tmp_path / "out" / file.name)) == set(load_file(file))
+    apart = (logits_of(load_plain(tmp_path / "out")) - logits_of(wrapped)).abs().max()
+    assert float(apart) < 1e-5
 
 
 def test_a_reverse_operation_that_mixes_experts_up_is_refused(tmp_path, monkeypatch):

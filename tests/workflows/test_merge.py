@@ -473,6 +473,14 @@ def test_a_run_that_was_stopped_is_merged_from_its_last_checkpoint(base, qa_file
     assert record.prompts["held_out"] > 0
 
 
+def test_an_adapter_in_the_old_file_format(base, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "old")
+    torch.save(stored(adapter), tmp_path / "old" / "adapter_model.bin")
+    (tmp_path / "old" / "adapter_model.safetensors").unlink()
+    gt.merge(tmp_path / "old", tmp_path / "out", base=str(base), dtype="float32")
+    _same_logits(tmp_path / "out", logits_of(_tuned(base, adapter)))
+
+
 def test_rounding_the_base_is_said(base, adapter, tmp_path):
     record = gt.merge(adapter, tmp_path / "out", base=str(base), certificate=False)
     assert "base_rounded" in {finding.code for finding in record.findings}

@@ -36,25 +36,26 @@ class Distance:
 
         Args:
             reference_NV: Float32 [n, V].
-            other_NV: The same of the other model; rows of a larger vocabulary that only one has
-                are no part of the comparison.
+            other_NV: The same of the other model.
+
+        Raises:
+            ValueError: The vocabularies differ.
         """
-        width = min(reference_NV.shape[1], other_NV.shape[1])
-        step = max(1, _CHUNK // width)
+        if reference_NV.shape != other_NV.shape:
+            raise ValueError(f"{tuple(reference_NV.shape)} against {tuple(other_NV.shape)} logits")
+        step = max(1, _CHUNK // reference_NV.shape[1])
         for start in range(0, len(reference_NV), step):
             rows = slice(start, start + step)
-            self._add(reference_NV[rows, :width].double(), other_NV[rows, :width].double())
+            self._add(reference_NV[rows].double(), other_NV[rows].double())
 
     def _add(self, p: Tensor, q: Tensor) -> None:
         log_p, log_q = p.log_softmax(dim=1), q.log_softmax(dim=1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(dim=1)
-        # Exactly equal rows may come out as -1e-17.
+        kl = (log_p.exp() * _difference(log_p, log_q)).sum(dim=1)
+        # Exactly equal rows may come out as -1e-17; a NaN stays one.
         self.kl.extend(kl.clamp_min(0.0).tolist())
         self.agree.extend((p.argmax(dim=1) == q.argmax(dim=1)).tolist())
-        largest = float((p - q).abs().max())
-        # A NaN must not lose against a number.
-        if not largest <= self.logit_difference:
-            self.logit_difference = largest
+        largest = float(_difference(p, q).abs().max())
+        self.logit_difference = float(np.maximum(self.logit_difference, largest))  # NaN wins
 
     @property
     def mean(self) -> float:
@@ -70,6 +71,11 @@ class Distance:
     def agreement(self) -> float:
         """Share of tokens on which both agree."""
         return sum(self.agree) / len(self.agree)
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """Subtracts; two equal infinities (entries that a model rules out) differ by nothing."""
+    return torch.where(a == b, 0.0, a - b)
 
 
 class LogitFile:
