@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -118,6 +119,11 @@ def failed_certificate(output: Path) -> Path:
 
 def peak_memory() -> int:
     """Returns the largest resident memory of this process in bytes."""
+    # Linux: `ru_maxrss` starts with what the parent held at the fork, VmHWM does not.
+    with suppress(OSError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
