@@ -26,7 +26,8 @@ def graph(function: Any, *inputs: Tensor) -> fx.GraphModule:
 
 def test_what_is_fused_writes_nothing() -> None:
     def function(x: Tensor, w: Tensor) -> Tensor:
-        return torch.mm(torch.relu(torch.mm(x, w)) * 2 + 1, w)
+        wide = torch.relu(torch.mm(x, w).double()) * 2 + 1
+        return torch.mm(wide.float(), w)
 
     found = walk(graph(function, torch.ones(32, 16), torch.ones(16, 16)), set(), 1)
     one = 32 * 16 * 4
