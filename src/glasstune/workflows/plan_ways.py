@@ -63,29 +63,35 @@ def refusal(work: Work) -> InputError:
 
 def _ways_out(work: Work, least: Option, rows: int) -> list[str]:
     """Three ways, each with its number."""
-    found = []
+    found: list[str] = []
     config = work.config
+
+    def way(change: str, peak: int) -> None:
+        still = "" if peak <= work.limit else ", still too much alone"
+        found.append(f"{change} ({format_bytes(peak)}{still})")
+
     if config.model.bits > 4:
         fewer = _base_at(work, 4)
         peak = least.peak - work.model.static.base - work.model.static.wide + fewer
-        found.append(f"model.bits: 4 (about {format_bytes(peak)})")
+        way("model.bits: 4", peak)
     if config.training.recompute in ("none", "full") and work.device.kind == "cuda":
         policy = Recompute(work.model.layers, offload=True)
         peak = work.peak(rows, policy).bytes
-        found.append(f"training.recompute: auto or offload ({format_bytes(peak)})")
+        way("training.recompute: auto or offload", peak)
     elif config.training.recompute == "none":
         peak = work.peak(rows, Recompute(work.model.layers)).bytes
-        found.append(f"training.recompute: auto ({format_bytes(peak)})")
+        way("training.recompute: auto", peak)
     if rows > 1:
         peak = work.peak(1, least.recompute).bytes
-        found.append(f"training.per_device_train_batch_size: 1 ({format_bytes(peak)})")
+        way("training.per_device_train_batch_size: 1", peak)
     length = max(64, work.batch.length // 2)
     shorter = work.peak(rows, least.recompute, length).bytes
-    found.append(f"data.max_length: {length} ({format_bytes(shorter)})")
-    found.append(f"a device or max_memory of {format_bytes(least.peak)} and more")
-    if len(found) < 3:
-        found.insert(0, "a smaller base model")
-    return found[-3:] if len(found) > 3 and shorter > work.limit else found[:3]
+    way(f"data.max_length: {length}", shorter)
+    # Those that are enough come first; a larger limit always is.
+    found.sort(key=lambda text: "still" in text)
+    if len(found) < 2:
+        found.append("a smaller base model")
+    return [*found[:2], f"a device or max_memory of {format_bytes(least.peak)} and more"]
 
 
 def _base_at(work: Work, bits: int) -> int:
