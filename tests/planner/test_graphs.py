@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from families import family_config
 from tiny import tiny_config
 from torch import Tensor, fx
 
+from glasstune.models.families.table import FAMILIES
 from glasstune.models.inspect.source import open_source
 from glasstune.planner.graphs import compile_block, compiled_bytes, walk
+from glasstune.planner.model import MemoryModel, Setup
 from glasstune.planner.shadow import make_shadow
 from glasstune.planner.trace import Batch, block_calls
 
@@ -69,3 +72,26 @@ def test_the_saved_bytes_are_those_of_the_compilers_partition(bits: int) -> None
     assert plain.kept <= 1.35 * bytes_taken + hidden
     assert again.kept == hidden
     assert plain.backward > plain.kept / 2
+
+
+@pytest.mark.parametrize("family", ["bloom", "gemma2", "gpt2", "phi3", "qwen3"])
+def test_compiled_families_keep_less_than_traced_ones(family: str) -> None:
+    batch = Batch(2, 64, 50)
+
+    def kept(compiled: bool) -> int:
+        setup = Setup(
+            open_source(family_config(family)), 16, ADAPTER, target="cuda", fast=True,
+            compiled=compiled, attention=FAMILIES[family].attention,
+        )  # fmt: skip
+        return MemoryModel(setup).activations(batch).plain[-1].kept
+
+    assert 0.3 * kept(False) < kept(True) <= 1.05 * kept(False)
+
+
+def test_a_block_that_is_no_one_graph_is_traced_and_said() -> None:
+    setup = Setup(
+        open_source(family_config("mixtral")), 16, ADAPTER, target="cuda", fast=True, compiled=True
+    )
+    found = MemoryModel(setup).activations(Batch(2, 64, 50))
+    assert found.plain[-1].kept > 0
+    assert any("no one graph" in note for note in found.notes)

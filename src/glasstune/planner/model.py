@@ -154,27 +154,21 @@ class MemoryModel:
         shadow, compiled = self.shadow, self.setup.compiled
         loss = self.loss()
         again = trace_step(shadow, batch, loss, recompute=True, fused_norms=compiled)
+        around = plain = trace_step(shadow, batch, loss)
+        plains, agains = plain.blocks, again.blocks
+        notes = ["each layer's operations traced on tensors without data"]
         if compiled:
-            # Compiled blocks keep their input, as computed-again ones do: so does what is around.
-            around = again
-            plain = trace_step(shadow, batch, loss)  # the same products
-            pairs = [
-                compiled_bytes(shadow, path, call, round_to=ROUND["cuda"])
-                for path, call in zip(shadow.blocks, block_calls(shadow, batch), strict=True)
-            ]
-            plains = [
-                replace(pair[0], flops=block.flops)
-                for pair, block in zip(pairs, plain.blocks, strict=True)
-            ]
-            agains = [
-                replace(pair[1], flops=block.flops)
-                for pair, block in zip(pairs, again.blocks, strict=True)
-            ]
-            notes = ["each layer's compiled graphs, forward and backward, walked buffer by buffer"]
-        else:
-            around = trace_step(shadow, batch, loss)
-            plains, agains = around.blocks, again.blocks
-            notes = ["each layer's operations traced on tensors without data"]
+            try:
+                plains, agains = self._compiled(batch, plain.blocks, again.blocks)
+            except RuntimeError as error:  # of the compiler: a mixture of experts has no one graph
+                notes.append(
+                    f"the compiler makes no one graph of a layer ({type(error).__name__}): what "
+                    "compiling saves is left out"
+                )
+            else:
+                # Compiled blocks keep their input, as computed-again ones do: so what is around.
+                around = again
+                notes = ["each layer's compiled graphs walked buffer by buffer"]
         evaluation = trace_evaluation(shadow, batch, loss)
         kinds = shadow.stands_for
         return Activations(
@@ -188,6 +182,19 @@ class MemoryModel:
             flops=around.flops,
             notes=notes,
         )
+
+    def _compiled(
+        self, batch: Batch, plain: list[BlockBytes], again: list[BlockBytes]
+    ) -> tuple[list[BlockBytes], list[BlockBytes]]:
+        """Returns the blocks, kept and computed again, as compiled; products are the same."""
+        shadow = self.shadow
+        pairs = [
+            compiled_bytes(shadow, path, call, round_to=ROUND["cuda"])
+            for path, call in zip(shadow.blocks, block_calls(shadow, batch), strict=True)
+        ]
+        kept = [replace(pair[0], flops=b.flops) for pair, b in zip(pairs, plain, strict=True)]
+        anew = [replace(pair[1], flops=b.flops) for pair, b in zip(pairs, again, strict=True)]
+        return kept, anew
 
     def _static(self) -> Static:
         setup = self.setup
