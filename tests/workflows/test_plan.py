@@ -239,3 +239,29 @@ def test_a_config_from_a_mapping_is_planned(tiny_llama: Path, qa_file: Path) -> 
     record = plan(config, progress=QuietProgress())
     assert record.bits == 4
     assert record.evaluation_seconds == 0
+
+
+def test_a_resumed_run_keeps_the_rows_that_it_began_with(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a forward are chosen by what is free; a checkpoint belongs to them."""
+    from glasstune.workflows import plan_work
+
+    def run(steps: int) -> Any:
+        return tiny_run(
+            tiny_llama, qa_file, tmp_path / "run",
+            training={"max_steps": steps, "save_steps": 1, "train_batch_size": 8},
+            data={"packing": False},
+        )  # fmt: skip
+
+    monkeypatch.setattr(plan_module, "SMALL", 0)
+    real = plan_work.Work.choose
+
+    def tight(self: Any) -> Any:
+        rows = self.row_numbers()
+        return real(self) if len(rows) == 1 else (self.options(2)[0], 2)
+
+    monkeypatch.setattr(plan_work.Work, "choose", tight)
+    train(run(2), progress=QuietProgress())
+    monkeypatch.setattr(plan_work.Work, "choose", real)
+    assert train(run(4), resume=True, progress=QuietProgress()).updates == 4

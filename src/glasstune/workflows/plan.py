@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from glasstune.core.choices import WARNING, Choices
 from glasstune.core.config import Config
+from glasstune.core.config_load import load_config
 from glasstune.core.errors import InputError
 from glasstune.core.plan import PlanRecord
 from glasstune.core.protocols import Progress
@@ -54,13 +56,16 @@ class Planned:
     recompute: Recompute
 
 
-def plan_run(prepared: Prepared, progress: Progress, *, updates: int | None = None) -> Planned:
+def plan_run(
+    prepared: Prepared, progress: Progress, *, updates: int | None = None, fixed: bool = False
+) -> Planned:
     """Plans a prepared run; refuses one that does not fit.
 
     Args:
         prepared: The run before its weights.
         progress: Log.
         updates: How many will be made by this start; None for all.
+        fixed: Whether the rows of a forward are those of the schedule, whatever fits.
 
     Raises:
         InputError: `does_not_fit`: names the bytes and three ways out.
@@ -69,6 +74,7 @@ def plan_run(prepared: Prepared, progress: Progress, *, updates: int | None = No
     from glasstune.workflows.plan_work import Work
 
     work = Work(prepared, updates)
+    work.asked_rows |= fixed
     option, rows = work.choose()
     schedule = replace(prepared.schedule, micro=rows)
     prepared.config.training.per_device_train_batch_size = rows
@@ -79,7 +85,12 @@ def plan_run(prepared: Prepared, progress: Progress, *, updates: int | None = No
 
 
 def plan_start(
-    prepared: Prepared, progress: Progress, updates: int, *, always: bool = False
+    prepared: Prepared,
+    progress: Progress,
+    updates: int,
+    *,
+    always: bool = False,
+    fixed: bool = False,
 ) -> Planned | None:
     """Plans the start of a training run.
 
@@ -88,6 +99,7 @@ def plan_start(
         progress: Log.
         updates: How many this start will make.
         always: Whether small runs are planned too.
+        fixed: As in `plan_run`.
 
     Returns:
         The plan; None where the run is so small that nothing is to be planned, or where the plan
@@ -99,7 +111,7 @@ def plan_start(
     if not always and small(prepared):
         return None
     try:
-        planned = plan_run(prepared, progress, updates=updates)
+        planned = plan_run(prepared, progress, updates=updates, fixed=fixed)
     except InputError:
         raise
     except Exception as error:  # a plan that cannot be made must not stop a run that can
@@ -114,6 +126,26 @@ def plan_start(
         training.recompute = "offload" if chosen.offload else "full" if chosen.layers else "none"
     prepared.choices.record("recompute_layers", chosen.layers, planned.record.reason)
     return planned
+
+
+def rows_of_run(prepared: Prepared, folder: Path) -> Prepared:
+    """Returns a run that goes on with the rows of a forward that it began with.
+
+    They are chosen by what was free then, and a checkpoint belongs to them.
+
+    Args:
+        prepared: The run.
+        folder: Its folder.
+    """
+    key, file = "training.per_device_train_batch_size", folder / "config.yaml"
+    if prepared.choices.get(key) is None or not file.is_file():
+        return prepared  # the user says it, or nothing is there to go on from
+    rows = load_config(file).config.training.per_device_train_batch_size
+    if not isinstance(rows, int) or rows == prepared.schedule.micro:
+        return prepared
+    training = prepared.config.training
+    training.per_device_train_batch_size = prepared.choices.record(key, rows, "as the run began")
+    return replace(prepared, schedule=replace(prepared.schedule, micro=rows))
 
 
 def small(prepared: Prepared) -> bool:

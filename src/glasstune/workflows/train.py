@@ -17,7 +17,7 @@ from glasstune.core.protocols import Progress, StepAudit
 from glasstune.core.records import DryRunRecord, TrainRecord
 from glasstune.workflows import run_folder
 from glasstune.workflows.open_model import complete_steps
-from glasstune.workflows.plan import Planned, plan_start
+from glasstune.workflows.plan import Planned, plan_start, rows_of_run
 from glasstune.workflows.plan_measure import measured_start, memory_named
 from glasstune.workflows.prepare_run import Prepared, prepare
 
@@ -105,8 +105,10 @@ class _Session:
         Raises:
             InputError: `does_not_fit`.
         """
+        if resume:
+            self.prepared = rows_of_run(self.prepared, self.folder)
         self.planned = plan_start(
-            self.prepared, self.progress, self._updates_left(resume), always=always
+            self.prepared, self.progress, self._updates_left(resume), always=always, fixed=resume
         )
         if self.planned is not None:
             self.prepared = self.planned.prepared
