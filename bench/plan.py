@@ -214,7 +214,24 @@ def machine() -> dict[str, Any]:
     return gpu_step.machine("cuda")
 
 
+CONTEXT = """
+import torch
+x = torch.ones(256, 256, device="cuda", dtype=torch.bfloat16)
+torch.nn.functional.silu(x @ x).float().softmax(-1).sum().item()
+free, total = torch.cuda.mem_get_info()
+print(total - free - torch.cuda.memory_reserved())
+"""
+
+
+def context_bytes() -> int:
+    """Returns what the driver takes for one process; the card must be free of others."""
+    done = subprocess.run([sys.executable, "-c", CONTEXT], stdout=subprocess.PIPE, text=True)
+    return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+
+
 def run_gpu(args: argparse.Namespace) -> int:
+    if args.device == "cuda":
+        print("RESULT " + json.dumps({"case": "context", "bytes": context_bytes()}), flush=True)
     cases = [case for case in gpu_cases(args.tiny) if not args.only or args.only in case.name]
 
     def run(case: Case) -> list[str]:
