@@ -313,8 +313,11 @@ def test_the_frozen_product_alone(bias) -> None:
 
 
 @pytest.mark.parametrize("needs_x", [True, False])
-@pytest.mark.parametrize("shape", [(12, 20, (12, 7), (2, 3)), (12, 4, (8, 9), (2, 3)), (12, 30, (6, 7), (2, 3))],
-                         ids=["joined", "apart", "narrows"])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [(12, 20, (12, 7), (2, 3)), (12, 4, (8, 9), (2, 3)), (12, 30, (6, 7), (2, 3))],
+    ids=["joined", "apart", "narrows"],
+)
 def test_under_torch_compile(needs_x, shape) -> None:
     data = problem(shape, True)
     layout = layout_of(data)

@@ -32,7 +32,7 @@ def plan(
     measure: Annotated[
         bool,
         typer.Option(
-            "--measure", help="Load the model and run one step of the longest batch beside the plan."
+            "--measure", help="Load the model, run one step of the longest batch, compare."
         ),
     ] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page too.")] = None,

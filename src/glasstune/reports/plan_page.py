@@ -1,4 +1,4 @@
-"""The web page of a plan: `glasstune plan --html`. The peak as a picture first, then the numbers."""
+"""The web page of a plan, `glasstune plan --html`: the peak as a picture, then the numbers."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ Shape letters: R rows of a micro-batch, L tokens of a row, N trained positions, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from glasstune.models.head import HeadSplit
 from glasstune.training.dropout import RowSeeds, mix
 from glasstune.training.inputs import FixedShape, Inputs, inputs_of, to_device
 from glasstune.training.nonfinite import check_finite
+from glasstune.training.replay import Replays
 from glasstune.training.terms import LossBatch, Term, term_sums
 
 
@@ -45,6 +46,7 @@ class AdaptedModel:
         shape: What packed batches are padded to where blocks are compiled.
         speed: What `speed_up` did, where it was used.
         speed_record: How each adapted module is computed.
+        replays: Replays forwards where a GPU would wait for their kernels.
         after: What else is undone with it.
 
     Attributes:
@@ -62,6 +64,7 @@ class AdaptedModel:
     shape: FixedShape | None = None
     speed: SpeedReport | None = None
     speed_record: SpeedRecord | None = None
+    replays: Replays | None = None
     after: list[Callable[[], object]] = field(default_factory=list)
     bare_head: bool = field(init=False)
 
@@ -77,6 +80,7 @@ class AdaptedModel:
 
     def slow_down(self) -> None:
         """Takes back what was sped up, and torch's settings with it."""
+        self.replays = None
         if self.speed is not None:
             self.speed.undo()
         while self.after:
@@ -103,6 +107,11 @@ class AdaptedModel:
             inputs.update(packing_kwargs(self.model, given.bounds, self.device))
         else:
             inputs["attention_mask"] = self._there(given.attention_mask)
+        return (
+            self._backbone(inputs) if self.replays is None else self.replays(self._backbone, inputs)
+        )
+
+    def _backbone(self, inputs: Mapping[str, Any]) -> Tensor:
         if self.split.proven:
             return self.split.hidden(self.model, **inputs)
         return self.split.full_logits(self.model, **inputs)

@@ -51,7 +51,7 @@ def open_trained(
     adapted = _adapt(prepared, base, note, speed)
     parameters = trainable(adapted.model)
     optimizer = make_optimizer(parameters, config.training)
-    speed.apply(adapted, prepared.choices)
+    speed.apply(adapted, prepared.choices, list(parameters.values()))
     return adapted, parameters, optimizer
 
 

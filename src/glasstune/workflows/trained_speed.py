@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from glasstune.workflows.prepare_run import Prepared
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from glasstune.training.inputs import FixedShape
     from glasstune.training.step import AdaptedModel
@@ -41,14 +42,16 @@ class SpeedChoice:
     splits: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def apply(self, adapted: AdaptedModel, choices: Choices) -> None:
+    def apply(self, adapted: AdaptedModel, choices: Choices, parameters: Sequence[Tensor]) -> None:
         """Speeds a model up, and leaves the record of it in the model.
 
         Args:
             adapted: The model, complete but for this.
             choices: Where automatic choices are noted.
+            parameters: Its trained tensors.
         """
         from glasstune.fast.speed_up import speed_up
+        from glasstune.training.replay import Replays
 
         if not self.grouped:
             adapted.speed_record = _all_plain(adapted.model, self.reason)
@@ -59,6 +62,28 @@ class SpeedChoice:
         adapted.speed_record = adapted.speed.record
         if self.compiled and self.splits:
             _keep_graphs(adapted)
+        if not self.compiled or adapted.device.type != "cuda":
+            return
+        if why := self._no_replay(adapted):
+            choices.record("training.cuda_graphs", False, why)
+            return
+        adapted.replays = Replays(adapted.model, adapted.speed, parameters, adapted.rows, choices)
+
+    def _no_replay(self, adapted: AdaptedModel) -> str:
+        """Returns why no forward can be replayed; empty: whether it pays is measured."""
+        from glasstune.training.dropout import unseeded_dropout
+        from glasstune.training.recompute import decoder_layers
+
+        if self.splits:
+            return "an audited update runs one backward a term, a replayed forward has one in all"
+        if self.shape is None:
+            return "rows are not packed: batches have many shapes"
+        config: Any = adapted.model.config
+        if unseeded_dropout(config):
+            return "the base model's own dropout draws from torch's generator"
+        if any(getattr(x, "gradient_checkpointing", False) for x in decoder_layers(adapted.model)):
+            return "layers are computed again in the backward"
+        return ""
 
 
 def choose_speed(

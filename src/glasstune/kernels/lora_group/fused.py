@@ -52,7 +52,7 @@ def forward_product(
     n, i = layout.rows, layout.width
     if layout.narrows:
         both = x_Ti @ wide[:, :i].t()
-        low_Tk = both[:, n:]
+        low_Tk = both[:, n:].clone()  # kept, and a view would keep all of both
         y_Tn = both[:, :n] + low_Tk @ wide[:n, i:].t()
         return [y_Tn if bias_n is None else y_Tn + bias_n], x_Ti, low_Tk
     joined_Tik = torch.cat([x_Ti, x_Ti @ wide[n:, :i].t()], 1)

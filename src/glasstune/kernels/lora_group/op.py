@@ -105,4 +105,10 @@ def _members(y: Tensor, x: Tensor, layout: Layout) -> tuple[Tensor, ...]:
     whole = y.view(*x.shape[:-1], layout.rows)
     if len(layout.outs) == 1:
         return (whole,)
-    return tuple(whole[..., rows] for rows in layout.out_slices())
+    # Attention keeps v as it is: as a view it would keep q and k too, four times its own bytes at
+    # the shape of Llama-3-8B. The widest stays a view, whose copy would cost more than it frees.
+    widest = max(layout.outs)
+    parts = zip(layout.out_slices(), layout.outs, strict=True)
+    return tuple(
+        whole[..., rows] if 2 * size > widest else whole[..., rows].clone() for rows, size in parts
+    )
