@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -127,6 +128,17 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
+    def press(self, key: str, pattern: str) -> bool:
+        """Presses a key again every few seconds until the pattern stands in what is new."""
+        for _ in range(12):
+            start = len(self.text)
+            self.type(key)
+            with contextlib.suppress(AssertionError):
+                self.until(pattern, seconds=5)
+            if re.search(pattern, self.text[start:]):
+                return True
+        return False
+
     def end(self) -> int:
         code = self.process.wait(timeout=60)
         os.close(self.master)
@@ -143,8 +155,8 @@ def test_a_real_terminal(tmp_path: Path) -> None:
         terminal.until(r"The list\r\n.{8,}")
         terminal.type("\x03")
         terminal.until(r"\(stopped\)\r\n> ")
-        terminal.type("\x03")
-        terminal.until(r"leaves\)\r\n> ")
+        # CPython's `input` forgets a signal that comes between its prompt and its wait.
+        assert terminal.press("\x03", r"leaves\)\r\n> ")
         terminal.type("/help\n")
         assert "/adapter on|off" in terminal.until("Ctrl-C stops an answer.*\r\n> ")
         terminal.type("\x04")

@@ -14,6 +14,7 @@ import torch
 from runs import QuietProgress, StopAfter, events, last_weights, same_bits, tiny_run
 
 from glasstune.core.config import Config
+from glasstune.core.config_load import dump_config
 from glasstune.core.errors import InputError, RunError, StoppedBySignal
 from glasstune.workflows.train import train
 
@@ -275,7 +276,8 @@ def test_a_killed_run_without_checkpoint_starts_again_and_says_so(
 ) -> None:
     output = tmp_path / "run"
     output.mkdir()
-    (output / "config.yaml").write_text("# as a kill before the first save leaves it\n")
+    # As a kill before the first save leaves it.
+    (output / "config.yaml").write_text(dump_config(config(tiny_llama, qa_file, output)))
     (output / "metrics.jsonl").write_text('{"event": "train", "step": 1}\n{"event": "tr')
     progress = QuietProgress()
     train(config(tiny_llama, qa_file, output), resume=True, progress=progress)

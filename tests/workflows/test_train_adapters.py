@@ -100,9 +100,10 @@ def test_a_key_that_would_do_nothing_is_refused(
     assert caught.value.where.startswith(where)
 
 
-def test_a_small_max_memory_asks_for_recomputation(tiny_llama, qa_file, tmp_path, quiet) -> None:
+def test_a_max_memory_that_nothing_fits_is_refused(tiny_llama, qa_file, tmp_path, quiet) -> None:
     config = tiny_run(
         tiny_llama, qa_file, tmp_path / "run", training={"max_steps": 1, "max_memory": "1MiB"}
     )  # fmt: skip
-    train(config, progress=quiet)
-    assert config.training.recompute == "full"
+    with pytest.raises(InputError, match=r"needs .* and 1\.0 MiB may be used"):
+        train(config, progress=quiet)
+    assert not (tmp_path / "run" / "adapter").exists()
