@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from runs import QuietProgress, tiny_run
 from glasstune.core.choices import Choices
 from glasstune.core.config_load import config_from_mapping
 from glasstune.core.errors import InputError, RunError
+from glasstune.core.plan import PARTS
 from glasstune.workflows import plan as plan_module
 from glasstune.workflows.plan import plan, plan_run, plan_start, small
 from glasstune.workflows.plan_batch import largest_batch, longest_rows
-from glasstune.workflows.plan_measure import dry_step, memory_named
+from glasstune.workflows.plan_measure import compared, dry_step, memory_named
 from glasstune.workflows.prepare_run import prepare
 from glasstune.workflows.train import train
 from glasstune.workflows.trained_model import open_trained
@@ -29,6 +31,7 @@ def test_the_record_adds_up(tiny_llama: Path, qa_file: Path, tmp_path: Path) -> 
     record = plan(tiny_run(tiny_llama, qa_file, tmp_path / "run"), progress=QuietProgress())
     assert record.peak_bytes == sum(record.parts.values())
     assert record.peak_bytes == max(moment.bytes for moment in record.moments)
+    assert all(set(moment.parts) == set(PARTS) for moment in record.moments)
     assert record.basis == "estimate"
     assert record.fits
     assert record.measured_peak_bytes is None
@@ -150,6 +153,29 @@ def test_measure_puts_the_real_peak_beside_the_plan(
     assert record.measured_peak_bytes is not None
     assert record.error == pytest.approx(record.peak_bytes / record.measured_peak_bytes - 1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_measured_rate_holds_for_the_other_ways(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path
+) -> None:
+    found = planned(tiny_run(tiny_llama, qa_file, tmp_path / "run"))
+    before, device = found.record, torch.device("cpu")
+    rows, batch = found.prepared.schedule.micro, found.prepared.schedule.batch
+    after = compared(found, device, 100 * before.seconds_per_update * rows / batch)
+    assert before.alternatives
+    for was, now in zip(before.alternatives, after.alternatives, strict=True):
+        assert now.seconds_per_update == pytest.approx(100 * was.seconds_per_update)
+        assert now.total_seconds == pytest.approx(100 * was.total_seconds)
+
+
+def test_a_peak_of_loading_is_compared_too(tiny_llama: Path, qa_file: Path, tmp_path: Path) -> None:
+    found = planned(tiny_run(tiny_llama, qa_file, tmp_path / "run"))
+    load = found.record.moments[0]
+    assert load.phase == "load"
+    record = replace(found.record, parts=load.parts, phase="load", peak_bytes=load.bytes)
+    after = compared(replace(found, record=record), torch.device("cpu"), 1.0)
+    assert after.measured_peak_bytes
+    assert set(record.parts) == set(PARTS)
 
 
 def test_out_of_memory_is_one_clear_error(tiny_llama: Path, qa_file: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from glasstune.core.plan import Moment
+from glasstune.core.plan import PARTS, Moment
 from glasstune.core.recompute import Recompute
 from glasstune.planner.trace import BlockBytes
 
@@ -100,7 +100,8 @@ def moments(
 
     def moment(phase: str, where: str, parts: dict[str, int]) -> Moment:
         lost = round(holes * parts.get("activations", 0))
-        full = {**parts, "workspace": parts.get("workspace", 0) + workspace + lost}
+        full = {name: parts.get(name, 0) for name in PARTS}
+        full["workspace"] += workspace + lost
         return Moment(phase, where, sum(full.values()), full)
 
     found = [

@@ -112,7 +112,9 @@ def compared(planned: Planned, device: torch.device, seconds: float) -> PlanReco
     from glasstune.training.metrics import peak_memory_bytes
 
     record = planned.record
-    peak = peak_memory_bytes(device) + record.parts["optimizer"]
+    # The peak may be one without an optimiser (loading): its states are still to come then too.
+    states = max(moment.parts["optimizer"] for moment in record.moments)
+    peak = peak_memory_bytes(device) + states
     if device.type == "cuda":
         peak += record.parts["context"]
     schedule = planned.prepared.schedule
@@ -126,6 +128,15 @@ def compared(planned: Planned, device: torch.device, seconds: float) -> PlanReco
         total_seconds=update * record.updates + record.evaluation_seconds * scale,
         evaluation_seconds=record.evaluation_seconds * scale,
         tokens_per_second=record.tokens_per_second / scale,
+        # They are compared with the plan: by the same rate as it.
+        alternatives=[
+            replace(
+                other,
+                seconds_per_update=other.seconds_per_update * scale,
+                total_seconds=other.total_seconds * scale,
+            )
+            for other in record.alternatives
+        ],
         basis="measured",
     )
 
