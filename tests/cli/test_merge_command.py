@@ -59,6 +59,9 @@ def test_a_refused_certificate_is_1(adapter, tmp_path, capsys, monkeypatch):
     assert "error: " in err
     assert "the output was not put in place" in err
     assert json.loads((tmp_path / "r.json").read_text())["error"]["code"] == "certificate_failed"
+    assert "--dtype float32" in err
+    assert _run(adapter, "--output", tmp_path / "out", "--dtype", "float32") == 1
+    assert "--dtype" not in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert json.loads((tmp_path / "out.certificate.json").read_text())["passed"] is False
     assert _run(adapter, "--output", tmp_path / "out", "--max-kl", "1000") == 0

@@ -161,6 +161,25 @@ def test_a_folder_without_a_lock_is_a_leftover_only_when_it_is_old(tmp_path):
         assert not left.exists()
 
 
+def test_a_leftover_of_an_output_with_brackets_in_its_name(tmp_path):
+    output, left = tmp_path / "out[1]", tmp_path / ".out[1].merge-abc"
+    left.mkdir()
+    (left / ".lock").touch()
+    with place.aside(output):
+        assert not left.exists()
+
+
+def test_a_refusal_leaves_no_empty_parents(base, adapter, tmp_path):
+    other = save_tiny_model(tmp_path / "other", hidden_size=32)
+    with pytest.raises(InputError):
+        merge(adapter, tmp_path / "new" / "out", base=str(other), certificate=False)
+    place.check_output(tmp_path / "new" / "out", [], force=False)
+    place.check_space(tmp_path / "new" / "out", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    merge(adapter, tmp_path / "new" / "out", base=str(base), certificate=False)
+    load_plain(tmp_path / "new" / "out")
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_the_old_output_goes_only_when_the_new_one_is_there(tmp_path, monkeypatch, exchange):
     output = tmp_path / "out"

@@ -74,6 +74,8 @@ def test_a_users_function_with_and_without_the_row(tmp_path: Path) -> None:
         ("exact", "unknown_metric"),
         ("exact_match,exact_match", "metric_twice"),
         ("", "unknown_metric"),
+        ("{file}:answer", "metric_name_taken"),
+        ("exact_match,{file}:eval_loss", "metric_name_taken"),
         ("none.py:fn", "function_file_missing"),
         ("{file}:absent", "function_missing"),
         ("{file}:one", "metric_arguments"),
@@ -95,6 +97,9 @@ def test_wrong_names_say_what_to_do(names: str, code: str, tmp_path: Path) -> No
         ("return 'good'", "metric_no_number"),
         ("return None", "metric_no_number"),
         ("return float('nan')", "metric_no_number"),
+        ("return 10**400", "metric_no_number"),
+        ("import numpy; return numpy.ones(2)", "metric_no_number"),
+        ("import torch; return torch.ones(2)", "metric_no_number"),
     ],
 )
 def test_a_function_that_fails_names_the_row(body: str, code: str, tmp_path: Path) -> None:

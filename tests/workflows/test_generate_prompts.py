@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import save_tiny_model
 
 from glasstune.core.errors import InputError
 from glasstune.workflows import generate as workflow
@@ -77,3 +78,13 @@ def test_answers_go_to_json_lines_only(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="JSON lines") as caught:
         workflow.generate_file("nowhere", tmp_path / "in.jsonl", tmp_path / "out.csv")
     assert "out.jsonl" in caught.value.fix
+
+
+@pytest.mark.parametrize("text", [b"\xff".decode("utf-8", "surrogateescape"), "half \ud800"])
+def test_text_that_is_no_utf8_is_refused(text: str, tmp_path: Path) -> None:
+    model = str(save_tiny_model(tmp_path / "model"))
+    with pytest.raises(InputError, match="not UTF-8") as caught:
+        workflow.generate(model, ["good", text], max_new_tokens=1)
+    assert (caught.value.code, caught.value.where) == ("bad_unicode", "prompt 2")
+    with pytest.raises(InputError, match="not UTF-8"):
+        workflow.generate(model, ["good"], system=text, max_new_tokens=1)

@@ -389,11 +389,16 @@ def test_options_and_targets_that_are_wrong(base, adapter, run, tmp_path):
         ({"max_kl": float("nan")}, "--max-kl"),
         ({"gguf": ["q4_0"]}, "--gguf"),
         ({"gguf": ["f16", "f16"]}, "--gguf"),
+        ({"device": "gpu"}, "--device"),
     ]
     for options, where in cases:
         with pytest.raises(InputError) as caught:
             gt.merge(adapter, tmp_path / "out", base=str(base), **options)
         assert caught.value.where == where
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no CUDA device") as caught:
+            gt.merge(adapter, tmp_path / "out", base=str(base), device="cuda", certificate=False)
+        assert caught.value.where == "--device"
     with pytest.raises(InputError, match="lies in none") as caught:
         gt.merge(adapter, tmp_path / "out", base=str(base), onto="training")
     assert caught.value.code == "no_training_precision"
@@ -564,6 +569,14 @@ def test_a_base_and_an_adapter_on_the_hub(hub, base, adapter, tmp_path):
     assert caught.value.code == "hub_unreachable"
     with pytest.raises(InputError, match="nothing to merge"):
         gt.merge("owner/base", tmp_path / "out3")
+
+
+def test_an_adapter_that_the_hub_does_not_have(hub, tmp_path):
+    with pytest.raises(InputError) as caught:
+        gt.merge("someone/no-such-adapter", tmp_path / "out")
+    assert caught.value.where == "RUN_OR_ADAPTER"
+    assert "model.path" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hub_base_is_compared_with_a_folder_through_its_files(hub, base, qa_file, tmp_path):

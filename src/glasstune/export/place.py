@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -67,17 +68,22 @@ def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> None:
                 where=where,
                 fix="remove it yourself, or name another folder with --output",
             )
+    near = _nearest(output)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
+        with tempfile.TemporaryFile(dir=near):
             pass
     except OSError as error:
         raise InputError(
             "output_not_writable",
             f"nothing can be written there: {error.strerror}",
-            where=str(output.parent),
+            where=str(near),
             fix="name another folder with --output",
         ) from None
+
+
+def _nearest(output: Path) -> Path:
+    """Returns the folder that is there already and will hold the output, or its new parents."""
+    return next(folder for folder in output.absolute().parents if folder.exists())
 
 
 def check_space(output: Path, needed: int) -> None:
@@ -86,12 +92,13 @@ def check_space(output: Path, needed: int) -> None:
     Raises:
         RunError: `disk_full`.
     """
-    free = shutil.disk_usage(output.parent).free
+    near = _nearest(output)
+    free = shutil.disk_usage(near).free
     if free < needed:
         raise RunError(
             "disk_full",
             f"the output needs {format_bytes(needed)}, {format_bytes(free)} are free",
-            where=str(output.parent),
+            where=str(near),
             fix="free space, or name a folder on another disk with --output",
         )
 
@@ -100,13 +107,15 @@ def check_space(output: Path, needed: int) -> None:
 def aside(output: Path) -> Iterator[Path]:
     """Gives a hidden folder beside the output; it is gone afterwards unless it was put in place.
 
+    Missing parents of the output are made here, so that a refusal before leaves none of them.
     What a kill left of an earlier merge into the same output is removed first: its lock is free.
 
     Args:
         output: Checked by `check_output`.
     """
     prefix = f".{output.name}.merge-"
-    for left in output.parent.glob(f"{prefix}*"):
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for left in output.parent.glob(f"{glob.escape(prefix)}*"):
         if _left_over(left):
             shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))

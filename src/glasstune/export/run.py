@@ -158,6 +158,7 @@ def _gate(run: MergeRun, record: Certificate, measured: Measured | None) -> None
     write_json_atomic(place, record.to_dict())
     held_out = record.prompts["held_out"]
     row = measured.worst_row
+    less = "" if run.job.dtype == "float32" else "--dtype float32 rounds less, "
     worst = f"held-out row {row + 1}" if row < held_out else f"generic prompt {row + 1 - held_out}"
     raise RunError(
         "certificate_failed",
@@ -165,7 +166,7 @@ def _gate(run: MergeRun, record: Certificate, measured: Measured | None) -> None
         f"{run.max_kl:g} (worst token {measured.merge.worst:.3g}, in {worst}); the output was not "
         "put in place",
         where=str(run.output),
-        fix=f"{place} has all numbers; --dtype float32 rounds less, --max-kl moves the limit",
+        fix=f"{place} has all numbers; {less}--max-kl moves the limit",
     )
 
 

@@ -45,6 +45,9 @@ BUILT_IN: dict[str, Metric] = {
     "json_valid": json_valid,
 }
 
+TAKEN = ("answer", "answers", "eval_loss", "perplexity", "token_accuracy", "tokens")
+"""Keys of the record and of the file of answers: a metric of that name would overwrite them."""
+
 _WHERE = "--metric"
 _EXAMPLE = "my_file.py:my_metric"
 
@@ -65,6 +68,13 @@ def load_metrics(names: str) -> dict[str, Metric]:
         if name in found:
             raise InputError(
                 "metric_twice", f"two metrics are named {name!r}", where=_WHERE, fix="leave one out"
+            )
+        if name in TAKEN:
+            raise InputError(
+                "metric_name_taken",
+                f"{name!r} is a number or text of the record itself",
+                where=_WHERE,
+                fix=f"give the function another name than {', '.join(TAKEN)}",
             )
         if ".py:" in text:
             found[name] = _checked(text)
@@ -107,17 +117,28 @@ def _checked(spec: str) -> Metric:
                 where=_WHERE,
                 fix="let it give a number for every answer, also for an empty one",
             ) from error
-        number = isinstance(value, (bool, int, float)) or hasattr(value, "__float__")
-        if not number or not math.isfinite(float(value)):
+        number = _number(value)
+        if number is None:
             raise InputError(
                 "metric_no_number",
                 f"{spec} returned {value!r}, not a number",
                 where=_WHERE,
                 fix="return True or False, or a finite number",
             )
-        return float(value)
+        return number
 
     return run
+
+
+def _number(value: Any) -> float | None:
+    """A bool, a number or an array of one value as a finite float; None for anything else."""
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # more than one value, or too big
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _binds(signature: inspect.Signature, count: int) -> bool:

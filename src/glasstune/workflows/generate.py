@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,22 @@ def encode(opened: OpenModel, messages: Messages, tools: Any, where: str) -> lis
     """Ids of a prompt as training made them; a plain text where the model has no template.
 
     Raises:
-        InputError: The template refuses the conversation, or there is none for it.
+        InputError: The template refuses the conversation, or there is none for it; a text holds
+            what is no character.
     """
     from glasstune.data.encode import encode_prompt
     from glasstune.data.errors import RowError
 
+    try:
+        # Bytes that are not UTF-8 come as lone surrogates from a pipe and from the command line.
+        json.dumps([messages, tools], ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            "bad_unicode",
+            "the text is not UTF-8, or holds half of a surrogate pair, which is no character",
+            where=where,
+            fix="give the text as UTF-8",
+        ) from None
     prompt: Any = messages
     system = None
     roles = [message["role"] for message in messages]

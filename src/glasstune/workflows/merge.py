@@ -70,7 +70,7 @@ def merge(
         InputError: Adapter, base or options do not fit; nothing was written.
         RunError: `certificate_failed`, `disk_full` or `not_finite`: the output is not there.
     """
-    _check_options(dtype, onto, max_kl, gguf)
+    _check_options(dtype, onto, max_kl, gguf, device)
     target = Path(output).expanduser()
     location = _locate(str(run_or_adapter), checkpoint, base)
     assert location.adapter is not None
@@ -125,11 +125,12 @@ def merge(
     )  # fmt: skip
 
 
-def _check_options(dtype: str, onto: str, max_kl: float, gguf: Sequence[str]) -> None:
+def _check_options(dtype: str, onto: str, max_kl: float, gguf: Sequence[str], device: str) -> None:
     for option, value, allowed in (
         ("--dtype", [dtype], ("bfloat16", "float16", "float32")),
         ("--onto", [onto], ("original", "training")),
         ("--gguf", gguf, GGUF_KINDS),
+        ("--device", [device], ("auto", "cpu", "cuda")),
     ):
         for word in value:
             if word not in allowed:
@@ -148,6 +149,15 @@ def _check_options(dtype: str, onto: str, max_kl: float, gguf: Sequence[str]) ->
             where="--max-kl",
             fix="give a limit in nats, for example 0.001",
         )
+    if device == "cuda":  # seen now, not after all weights are written
+        from glasstune.models.load import choose_device
+
+        try:
+            choose_device(device, Choices())
+        except InputError as error:
+            error.where, error.message = "--device", "torch sees no CUDA device"
+            error.fix = "use --device cpu, or install a CUDA build of torch and a driver"
+            raise
 
 
 def _locate(target: str, checkpoint: str | None, base: str | None) -> Location:
@@ -172,7 +182,14 @@ def _locate(target: str, checkpoint: str | None, base: str | None) -> Location:
             missing = missing_path(target, path)
             missing.where = "RUN_OR_ADAPTER"
             raise missing
-        folder = hub_adapter(target)
+        try:
+            folder = hub_adapter(target)
+        except InputError as error:
+            error.where = "RUN_OR_ADAPTER"
+            error.fix = error.fix.replace(
+                "give a local folder as model.path", "name the folder of a run or an adapter"
+            )
+            raise
         if folder is not None:
             return _locate(str(folder), None, base)
     raise InputError(
