@@ -178,6 +178,38 @@ def test_a_peak_of_loading_is_compared_too(tiny_llama: Path, qa_file: Path, tmp_
     assert set(record.parts) == set(PARTS)
 
 
+def test_a_longer_limit_is_advice_only_where_it_makes_rows_longer(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path
+) -> None:
+    def lengths(**data: Any) -> list[int]:
+        record = plan(
+            tiny_run(tiny_llama, qa_file, tmp_path / "run", data=data), progress=QuietProgress()
+        )
+        changes = [other.change.get("data.max_length") for other in record.alternatives]
+        return sorted(length for length in changes if length is not None)
+
+    assert lengths(max_length=128) == [64, 256]
+    assert lengths(max_length=512) == [256]  # the model has 512 positions
+    single = lengths(max_length=256, packing=False)
+    assert all(length < 256 for length in single)
+
+
+def test_offload_on_a_cpu_is_said(tiny_llama: Path, qa_file: Path, tmp_path: Path) -> None:
+    training = {"recompute": "offload"}
+    prepared = prepare(
+        tiny_run(tiny_llama, qa_file, tmp_path / "run", training=training),
+        Choices(), QuietProgress(),
+    )  # fmt: skip
+    found = plan_start(prepared, QuietProgress(), 3, always=True)
+    assert found is not None
+    assert [finding.code for finding in found.record.findings] == ["offload_is_full"]
+    assert prepared.config.training.recompute == "full"
+    choice = prepared.choices.get("training.recompute")
+    assert choice is not None
+    assert choice.value == "full"
+    assert "offload asked for" in choice.reason
+
+
 def test_out_of_memory_is_one_clear_error(tiny_llama: Path, qa_file: Path, tmp_path: Path) -> None:
     found = planned(tiny_run(tiny_llama, qa_file, tmp_path / "run"))
     with pytest.raises(RunError) as caught, memory_named(found, "the last checkpoint is kept"):

@@ -91,4 +91,4 @@ def reason(chosen: Option, options: Sequence[Option], limit: int, layers: int) -
 
 
 def _percent(share: float) -> str:
-    return f"{max(0.0, share):.0%}"
+    return f"{share:.0%}" if share >= 0.005 else "less than 1%"

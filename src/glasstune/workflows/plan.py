@@ -122,6 +122,9 @@ def plan_start(
         return None
     training, layers = prepared.config.training, planned.record.layers
     chosen = planned.recompute
+    for finding in planned.record.findings:
+        if finding.code == "offload_is_full":
+            prepared.choices.record(finding.where, "full", finding.message)
     if chosen.layers in (0, layers):
         training.recompute = "offload" if chosen.offload else "full" if chosen.layers else "none"
     prepared.choices.record("recompute_layers", chosen.layers, planned.record.reason)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from glasstune.planner.choose import Option
     from glasstune.workflows.plan_work import Work
 
+_SHORTEST = 64
+"""Tokens; shorter rows are no advice."""
+
 
 def alternatives(work: Work, chosen: Option, rows: int) -> list[Alternative]:
     """Returns other policies, rows of a forward and lengths, those that fit first."""
@@ -37,10 +40,24 @@ def alternatives(work: Work, chosen: Option, rows: int) -> list[Alternative]:
         if count <= schedule.batch:
             key = "training.per_device_train_batch_size"
             add({key: count}, chosen.recompute, count, longest)
-    for length in (longest // 2, longest * 2):
-        if length >= 64:
-            add({"data.max_length": length}, chosen.recompute, max(1, rows), length)
+    for length in _lengths(work):
+        add({"data.max_length": length}, chosen.recompute, rows, length)
     return sorted(found, key=lambda item: (not item.fits, item.total_seconds))
+
+
+def _lengths(work: Work) -> list[int]:
+    """Returns other values of `data.max_length` that make the longest row another.
+
+    Longer rows come only where the limit makes them what they are and the model has positions.
+    """
+    from glasstune.models.facts import model_facts
+
+    longest = work.batch.length
+    found = [longest // 2] if longest // 2 >= _SHORTEST else []
+    positions = model_facts(work.prepared.resolved.config).max_positions
+    if longest >= work.config.data.max_length and (positions is None or longest * 2 <= positions):
+        found.append(longest * 2)
+    return found
 
 
 def refusal(work: Work) -> InputError:
@@ -84,13 +101,13 @@ def _ways_out(work: Work, least: Option, rows: int) -> list[str]:
     if rows > 1:
         peak = work.peak(1, least.recompute).bytes
         way("training.per_device_train_batch_size: 1", peak)
-    length = max(64, work.batch.length // 2)
-    shorter = work.peak(rows, least.recompute, length).bytes
-    way(f"data.max_length: {length}", shorter)
+    length = work.batch.length // 2
+    if length >= _SHORTEST:
+        shorter = work.peak(rows, least.recompute, length).bytes
+        way(f"data.max_length: {length}", shorter)
     # Those that are enough come first; a larger limit always is.
     found.sort(key=lambda text: "still" in text)
-    if len(found) < 2:
-        found.append("a smaller base model")
+    found += ["a smaller base model", "a smaller adapter.r"][: max(0, 2 - len(found))]
     return [*found[:2], f"a device or max_memory of {format_bytes(least.peak)} and more"]
 
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 _MANY = (2, 4, 8)
 
+_HERE = (
+    "on a CPU the inputs of recomputed layers are in host memory as it is, so all are recomputed"
+)
+
 
 class Work:
     """The numbers of one run."""
@@ -247,18 +251,25 @@ class Work:
         return found
 
     def _findings(self) -> list[Finding]:
-        names = [loss.name for loss in self.config.losses if loss.name != "next_token"]
-        if not names:
-            return []
-        return [
-            Finding(
-                "terms_not_planned",
-                "info",
-                "losses",
-                f"what {', '.join(names)} keep beside the next token's loss is not in the plan",
-                "--measure runs a real step",
+        found: list[Finding] = []
+        if self.config.training.recompute == "offload" and self.device.kind != "cuda":
+            found.append(
+                Finding(
+                    "offload_is_full", "info", "training.recompute", f"offload asked for: {_HERE}"
+                )
             )
-        ]
+        names = [loss.name for loss in self.config.losses if loss.name != "next_token"]
+        if names:
+            found.append(
+                Finding(
+                    "terms_not_planned",
+                    "info",
+                    "losses",
+                    f"what {', '.join(names)} keep beside the next token's loss is not in the plan",
+                    "--measure runs a real step",
+                )
+            )
+        return found
 
 
 def _setup(prepared: Prepared, device: Device, source: Any) -> Any:
