@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +14,7 @@ from glasstune.core.choices import Choices
 from glasstune.core.errors import RunError
 from glasstune.core.files import disk_full_named, write_json_atomic
 from glasstune.core.findings import Finding
+from glasstune.core.memory import peak_resident_bytes
 from glasstune.core.protocols import Progress
 from glasstune.export.certificate import Measured, measure
 from glasstune.export.companions import write_companions
@@ -101,7 +99,7 @@ def merge(run: MergeRun, progress: Progress | None = None) -> Certificate:
                     [*(str(f.relative_to(folder)) for f in folder.rglob("*") if _shown(f)),
                      "certificate.json"]
                 )  # fmt: skip
-                record.peak_memory_bytes = peak_memory()
+                record.peak_memory_bytes = peak_resident_bytes()
                 write_json_atomic(folder / "certificate.json", record.to_dict())
                 put_in_place(folder, run.output)
         except RunError as error:
@@ -115,17 +113,6 @@ def merge(run: MergeRun, progress: Progress | None = None) -> Certificate:
 def failed_certificate(output: Path) -> Path:
     """Returns where the certificate of a refused merge lies: beside the output."""
     return output.with_name(f"{output.name}.certificate.json")
-
-
-def peak_memory() -> int:
-    """Returns the largest resident memory of this process in bytes."""
-    # Linux: `ru_maxrss` starts with what the parent held at the fork, VmHWM does not.
-    with suppress(OSError), open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _shown(file: Path) -> bool:
@@ -217,7 +204,7 @@ def _record(
         },
         tied=plan.tied,
         output=str(run.output),
-        peak_memory_bytes=peak_memory(),
+        peak_memory_bytes=peak_resident_bytes(),
         choices=run.choices.to_list(),
         findings=[*run.findings, *plan.findings, *_type_findings(plan)],
         versions={name: version(name) for name in _PACKAGES},

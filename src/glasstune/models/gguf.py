@@ -7,21 +7,15 @@ hash and the converter's version; it is written aside and renamed, so it is whol
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from glasstune.core.errors import InputError
-from glasstune.core.files import disk_full_named, fsync_tree, sha256_file
+from glasstune.core.files import cache_folder, disk_full_named, fsync_tree, sha256_file
 
 CONVERTER_VERSION = 1
 """Raise it whenever the expanded folder's content would change."""
-
-
-def cache_folder() -> Path:
-    """Returns where expanded models live: `GLASSTUNE_CACHE`, else `~/.cache/glasstune`."""
-    return Path(os.environ.get("GLASSTUNE_CACHE") or Path.home() / ".cache" / "glasstune")
 
 
 def expanded_folder(file: Path) -> Path:

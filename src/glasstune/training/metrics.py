@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 
 from glasstune.core import jsonl
 from glasstune.core.files import disk_full_named, dump_json
+from glasstune.core.memory import peak_resident_bytes
 from glasstune.core.protocols import MetricsWriter
 
 FILE = "metrics.jsonl"
@@ -77,10 +76,4 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak of the run so far: allocated bytes on a GPU, resident bytes of the process else."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():  # what `ru_maxrss` says there starts with what the parent held at the fork
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+    return peak_resident_bytes()
