@@ -20,8 +20,8 @@ CUDA_CONTEXT = 685 * 2**20
 CUDA_SLACK = 0.02
 """What CUDA's allocator cannot give out, as a share of the activations: assumed, not measured.
 
-On an H100 it held 1 to 24 % more than was asked of it (20 runs with room to spare), most of it cache
-that it gives back where memory is short.
+On an H100 it held 1 to 24 % more than was asked of it (20 runs with room to spare), most of it
+cache that it gives back where memory is short.
 """
 
 
