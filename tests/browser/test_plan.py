@@ -6,7 +6,7 @@ import pytest
 from plans import GIB, hand_plan
 
 from browser import Page
-from glasstune.core.plan import PARTS
+from glasstune.core.plan import PARTS, Alternative
 from glasstune.reports.plan_page import plan_page
 
 WIDTHS = (
@@ -45,3 +45,16 @@ def test_a_limit_below_the_peak_is_marked(page: Page) -> None:
     )
     peak = hand_plan().peak_bytes
     assert place == pytest.approx(12 * GIB / peak, abs=0.005)
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_long_change_stays_in_its_column(page: Page, width: int) -> None:
+    change = {"training.per_device_train_batch_size": 1}
+    other = Alternative(change, 14 * GIB, 900.0, True, 3.0)
+    page.open(plan_page(hand_plan(alternatives=[other])), width=width)
+    edges = page.run(
+        "const row = document.querySelector('#ways tbody tr');"
+        "return [row.querySelector('code').getBoundingClientRect().right,"
+        " row.querySelector('th').getBoundingClientRect().right]"
+    )
+    assert edges[0] <= edges[1]
