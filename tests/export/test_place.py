@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -178,6 +179,41 @@ def test_a_refusal_leaves_no_empty_parents(base, adapter, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
     merge(adapter, tmp_path / "new" / "out", base=str(base), certificate=False)
     load_plain(tmp_path / "new" / "out")
+
+
+@pytest.mark.parametrize("name", [".", "..", "../in"])
+def test_the_folder_in_which_the_command_runs_is_refused(tmp_path, monkeypatch, name):
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    with pytest.raises(InputError, match="in which the command runs") as caught:
+        place.check_output(Path(name), [], force=True)
+    assert caught.value.code == "output_is_held"
+
+
+def test_a_mount_point_is_refused_and_not_only_after_the_merge(tmp_path, monkeypatch):
+    monkeypatch.setattr(place.os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    place.check_output(tmp_path / "out", [], force=False)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="mount point") as caught:
+        place.check_output(tmp_path / "out", [], force=False)
+    assert str(tmp_path / "out" / "merged") in caught.value.fix
+
+
+def test_an_output_that_cannot_be_moved_leaves_nothing_beside_it(tmp_path, monkeypatch):
+    output, rename = tmp_path / "out", Path.rename
+    output.mkdir()
+
+    def held(path, target):
+        if path == output:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(place, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", held)
+    with pytest.raises(RunError, match="busy") as caught, place.aside(output) as folder:
+        place.put_in_place(folder, output)
+    assert caught.value.code == "output_is_held"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("exchange", [True, False])

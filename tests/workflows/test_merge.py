@@ -129,6 +129,15 @@ def test_a_base_that_is_gone_is_named(run, tmp_path):
     assert "--base" in caught.value.fix
 
 
+def test_a_relative_base_from_another_folder_is_named(hub, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="some/base")
+    with pytest.raises(InputError) as caught:
+        gt.merge(tmp_path / "adapter", tmp_path / "out")
+    assert caught.value.code == "base_not_found"
+    assert "--base" in caught.value.fix
+
+
 @pytest.mark.parametrize(
     "rename",
     [

@@ -34,8 +34,8 @@ def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> None:
         force: Whether a folder that is there may be replaced.
 
     Raises:
-        InputError: `output_exists`, `output_is_file`, `output_is_source`, `output_not_a_model`,
-            `output_not_writable`.
+        InputError: `output_exists`, `output_is_file`, `output_is_source`, `output_is_held`,
+            `output_not_a_model`, `output_not_writable`.
     """
     where = str(output)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
@@ -53,6 +53,18 @@ def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> None:
                 where=where,
                 fix="name another folder with --output",
             )
+    here = Path.cwd()
+    inside_it = real == here or real in here.parents
+    if output.is_dir() and (inside_it or os.path.ismount(output)):
+        # Whole or absent means renamed, and such a folder cannot change its name.
+        what = "is, or holds, the folder in which the command runs"
+        what = what if inside_it else "is a mount point"
+        raise InputError(
+            "output_is_held",
+            f"the output {what}",
+            where=where,
+            fix=f"name a new folder inside it, for example {output / 'merged'}",
+        )
     if output.is_dir() and any(output.iterdir()):
         if not force:
             raise InputError(
@@ -136,13 +148,23 @@ def put_in_place(folder: Path, output: Path) -> None:
 
     Raises:
         OSError: The file system refuses; the old output is where it was.
+        RunError: `output_is_held`: the old output cannot be moved; it is where it was.
     """
     fsync_tree(folder)
     if not output.exists():
         folder.rename(output)
     elif not _exchange(folder, output):
         old = Path(tempfile.mkdtemp(prefix=f".{output.name}.merge-", dir=output.parent))
-        output.rename(old / "old")
+        try:
+            output.rename(old / "old")
+        except OSError as error:
+            old.rmdir()
+            raise RunError(
+                "output_is_held",
+                f"the folder that is there cannot be replaced: {error.strerror}",
+                where=str(output),
+                fix="name a new folder with --output",
+            ) from error
         try:
             folder.rename(output)
         except OSError:

@@ -219,7 +219,9 @@ def _resolve(base: str | None, location: Location, trust: bool, choices: Choices
     except InputError as error:
         if error.code == "remote_code_needed":
             error.fix = "read that code, then give --trust-remote-code"
-        if base is None and error.code == "model_not_found":
+        # A relative path without a separator looks like an id of the hub from another folder.
+        gone = ("model_not_found", "hub_unreachable", "bad_model_id")
+        if base is None and error.code in gone:
             raise InputError(
                 "base_not_found",
                 f"the base that the adapter names is not there: {error.message}",
