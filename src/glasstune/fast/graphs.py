@@ -54,9 +54,12 @@ class GraphedForward:
                 self._gradients(out, torch.zeros_like(out))
                 del out
         torch.cuda.current_stream().wait_stream(side)
+        # Autocast keeps copies of trained weights: one from outside would be read after its end.
+        torch.clear_autocast_cache()
         # Threads that prepare batches may call CUDA meanwhile.
         with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
             self.out = run(*self.inputs)
+        torch.clear_autocast_cache()
         self.grad_out = torch.zeros_like(self.out)
         with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
             self.grads = self._gradients(self.out, self.grad_out)
