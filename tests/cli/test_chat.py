@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny_model
 
-from glasstune.cli.chat import read_entry
+from glasstune.cli.chat import read_entry, reader
 from glasstune.cli.main import run
+from glasstune.core.errors import InputError
 from glasstune.reports.chat_view import ChatView
 
 
@@ -69,6 +70,13 @@ def test_a_pipe_gets_answers_on_stdout_only(
     shown = capsys.readouterr()
     assert json.loads(shown.out)["error"]["code"] == "unknown_command"
     assert "Traceback" not in shown.err
+
+
+def test_a_pipe_that_is_no_utf8_is_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
+    with pytest.raises(InputError, match="not UTF-8") as error:
+        reader(typed=False)()
+    assert error.value.where == "standard input"
 
 
 def test_two_answers_in_a_pipe_are_labelled() -> None:

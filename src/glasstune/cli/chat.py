@@ -23,6 +23,7 @@ from glasstune.cli.common import (
     set_options,
 )
 from glasstune.cli.use import ModelArgument
+from glasstune.core.errors import InputError
 
 PROMPT, MORE = "> ", ". "
 BLOCK = '"""'
@@ -110,7 +111,12 @@ def reader(typed: bool, clean: IO[str] | None = None) -> Callable[[], str | None
 
 
 def _piped(prompt: str) -> str:
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError:
+        raise InputError(
+            "bad_unicode", "it is not UTF-8", where="standard input", fix="give the text as UTF-8"
+        ) from None
     if not line:
         raise EOFError
     return line.rstrip("\r\n")
