@@ -19,6 +19,7 @@ from torch.utils import checkpoint
 
 from glasstune.kernels.document_attention import op as document_attention
 from glasstune.models.families import documents
+from glasstune.models.families.experts import grouped_of_any_type
 from glasstune.planner.live import ROUND, LiveBytes
 from glasstune.planner.shadow import Shadow
 
@@ -112,7 +113,7 @@ def trace_step(
         fused_norms: Whether normalisations beside the blocks are compiled: they then save their
             input and a number a row, and need no buffer.
     """
-    with shadow.mode:
+    with shadow.mode, grouped_of_any_type():
         trained_tensors = [p for p in shadow.model.parameters() if p.requires_grad]
         blocks = [shadow.model.get_submodule(path) for path in shadow.blocks]
         live = _counter(shadow)
@@ -139,7 +140,7 @@ def trace_step(
 
 def trace_evaluation(shadow: Shadow, batch: Batch, loss: Loss) -> int:
     """Returns the most bytes that live while a batch is evaluated."""
-    with shadow.mode, torch.no_grad():
+    with shadow.mode, torch.no_grad(), grouped_of_any_type():
         live = _counter(shadow)
         blocks = [shadow.model.get_submodule(path) for path in shadow.blocks]
         shadow.model.eval()
@@ -275,8 +276,9 @@ class _Watch:
             ]
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:  # else the error is what matters: nothing is complete
+            self._close()
         for handle in self._handles:
             handle.remove()
 
