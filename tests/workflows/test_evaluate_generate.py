@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from runs import QuietProgress, events, tiny_run
+from tiny import save_tiny_model, tiny_tokenizer
 
 import glasstune as gt
 from glasstune.core.choices import Choices
@@ -178,3 +179,19 @@ def test_choices_that_warn_are_said_without_a_run_too(
         assert not any("no reason to warn" in line for line in said.lines)
     with pytest.warns(UserWarning, match="^read wrong here$"):
         gt.load_model(str(tiny_llama), bits=4)
+
+
+def test_conversations_and_a_model_without_a_template(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    tiny_tokenizer(chat_template=None).save_pretrained(model)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    chats = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    ]
+    with pytest.raises(InputError) as error:
+        evaluate(str(model), chats, generate=True, max_new_tokens=1)
+    assert error.value.code == "no_chat_template"
+    alpaca = [{"instruction": "a", "input": "", "output": "b"}]
+    assert evaluate(str(model), alpaca, max_new_tokens=1).tokens > 0
+    assert evaluate(str(model), chats, chat_template="chatml").tokens > 0
+    assert evaluate(str(model), [{"text": "a list"}]).tokens > 0

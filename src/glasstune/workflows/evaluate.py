@@ -202,9 +202,11 @@ def data_config(
         if first.columns:
             opened.choices.record("data.columns", first.columns, "those of the run's first source")
     template = opened.template
+    # Opened without a template: the rows decide, as they do in training, or are refused.
+    bare = template.kind == "none" and not opened.tokenizer.chat_template
     values |= {
         # A saved template travels in the tokenizer; only these two are rules of their own.
-        "chat_template": None if template.kind == "jinja" else template.kind,
+        "chat_template": None if template.kind == "jinja" or bare else template.kind,
         "chat_template_kwargs": dict(template.kwargs),
     }
     if template.kind == "baichuan2":
