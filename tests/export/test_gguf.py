@@ -339,3 +339,27 @@ def test_glasstune_reads_its_own_file(tmp_path: Path, tokenizer: Any) -> None:
     want = generate(str(tmp_path / "m"), ["hello"], **options)
     assert generate(str(apart / "model.gguf"), ["hello"], **options) == want
     assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_our_own_file_opens_with_its_template_and_special_tokens(
+    tmp_path, tokenizer, monkeypatch
+) -> None:
+    """transformers reads neither out of a file with this kind of tokenizer."""
+    from copy import deepcopy
+
+    from transformers import AutoTokenizer
+
+    from glasstune.models.gguf import expand_gguf
+
+    monkeypatch.setenv("GLASSTUNE_CACHE", str(tmp_path / "cache"))
+    talks = deepcopy(tokenizer)
+    talks.eos_token = talks.pad_token = talks.convert_ids_to_tokens(5)
+    talks.chat_template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    _, (file,), _ = export(tmp_path / "model", talks, "llama")
+    again = AutoTokenizer.from_pretrained(expand_gguf(file))
+    rows = [{"role": "user", "content": "a list"}]
+    assert again.chat_template == talks.chat_template
+    for name in ("eos_token", "pad_token", "bos_token"):
+        assert getattr(again, name) == getattr(talks, name)
+    wanted = talks.apply_chat_template(rows, tokenize=False)
+    assert again.apply_chat_template(rows, tokenize=False) == wanted

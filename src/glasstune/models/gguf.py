@@ -10,12 +10,15 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from glasstune.core.errors import InputError
 from glasstune.core.files import cache_folder, disk_full_named, fsync_tree, sha256_file
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Raise it whenever the expanded folder's content would change."""
+
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
 def expanded_folder(file: Path) -> Path:
@@ -73,6 +76,7 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            _complete(tokenizer, file)
             model = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), gguf_file=file.name, dtype=torch.bfloat16
             )
@@ -93,3 +97,25 @@ def _convert(file: Path, folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     folder.chmod(0o755)
+
+
+def _complete(tokenizer: Any, file: Path) -> None:
+    """Gives a tokenizer the chat template and special tokens that transformers left in the file.
+
+    transformers 5.24 takes them over for some kinds of tokenizer and for others not.
+    """
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(file)).fields
+
+    def read(key: str) -> Any:
+        field = fields.get(key)
+        return None if field is None else field.contents()
+
+    template = read("tokenizer.chat_template")
+    if template and not tokenizer.chat_template:
+        tokenizer.chat_template = template
+    for name, key in _SPECIAL.items():
+        index = read(f"tokenizer.ggml.{key}_token_id")
+        if index is not None and getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(index)))
