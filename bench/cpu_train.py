@@ -166,11 +166,13 @@ def child(args: argparse.Namespace) -> None:
     """Runs one side and prints its numbers as the last line."""
     import torch
 
+    from glasstune.core.memory import peak_resident_bytes
+
     torch.set_num_threads(args.threads)
     found = run_glasstune(args) if args.side == "glasstune" else run_transformers(args)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     found["cpu_seconds"] = usage.ru_utime + usage.ru_stime
-    found["peak_rss"] = usage.ru_maxrss * 1024
+    found["peak_rss"] = peak_resident_bytes()
     print(json.dumps(found), flush=True)
 
 

@@ -143,7 +143,9 @@ def measure(way: str, model: str, path: Path, processes: int) -> dict[str, Any]:
         found = by_glasstune(model, path, processes)
     else:
         found = by_map(model, path, processes, labels=way == "map_labels")
-    main = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    from glasstune.core.memory import peak_resident_bytes
+
+    main = peak_resident_bytes()
     return {**found, "peak_bytes": main}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import time
 from pathlib import Path
 
@@ -45,6 +44,7 @@ def main() -> None:
     import torch
     import transformers
 
+    from glasstune.core.memory import peak_resident_bytes
     from glasstune.models.inspect import precision  # noqa: F401
     from glasstune.models.quiet import quiet_transformers
 
@@ -53,7 +53,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     runs = [measure(arguments.config) for _ in range(arguments.repeat)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident_bytes()
     totals = runs[0][1]
     print(f"{arguments.config.stem}, torch {torch.__version__}, transformers", end=" ")
     print(f"{transformers.__version__}, 1 thread")

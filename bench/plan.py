@@ -273,7 +273,6 @@ CPU_STEPS = 3
 
 def cpu_case(bits: int, rows: int, length: int) -> dict[str, Any]:
     """Plans a run in this process, then trains a few updates in it."""
-    import resource
     import tempfile
 
     import torch
@@ -304,8 +303,10 @@ def cpu_case(bits: int, rows: int, length: int) -> dict[str, Any]:
         planned = plan_run(prepare(config, Choices(), cpu_train.Clock()), cpu_train.Clock())
         clock = cpu_train.Clock()
         train(config_from_mapping(content).config, progress=clock)
+    from glasstune.core.memory import peak_resident_bytes
+
     record = planned.record
-    measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measured = peak_resident_bytes()
     seconds = (clock.ended - clock.started) / CPU_STEPS
     return {
         "predicted": record.peak_bytes, "measured": measured,
