@@ -90,8 +90,10 @@ def test_rows_in_chunks_change_nothing(chunk, monkeypatch):
         for change in changes:
             whole = change.apply(whole)
         made = add_changes(weight.clone(), changes, torch.bfloat16)
-        assert torch.allclose(made.float(), whole.bfloat16().float(), rtol=1e-2, atol=1e-6)
+        # Sums in another order may round to the neighbour: one step of bfloat16.
+        assert torch.allclose(made.float(), whole.bfloat16().float(), rtol=2**-7, atol=1e-6)
         made = add_changes(weight.clone(), changes, torch.float32)
+        # Sums in another order: a few steps of float32 on values of about 1.
         assert torch.allclose(made, whole, rtol=1e-6, atol=1e-6)
     experts = Experts(torch.randn(3, 4, 2), torch.randn(3, 2, 5), 0.3, turned=False)
     value = torch.randn(3, 4, 5)

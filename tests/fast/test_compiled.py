@@ -305,7 +305,7 @@ def test_inductor(bits) -> None:
     from glasstune.fast.probe import compiler_found
 
     if compiler_found() is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip("torch.compile makes CPU code with a C++ compiler; there is none")
     model = tiny("llama", bits)
     right = gradients(model)
     speed_up(model, compile=True)

@@ -17,6 +17,9 @@ from glasstune.cli.common import (
     DtypeOption,
     JsonOption,
     NoAdapterOption,
+    SeedOption,
+    TemperatureOption,
+    TopPOption,
     TrustOption,
     emit,
     progress,
@@ -39,13 +42,9 @@ def chat(
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", help="Longest answer in tokens.")
     ] = 512,
-    temperature: Annotated[
-        float, typer.Option(metavar="T", help="0 takes the most likely token each time.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(metavar="P", help="Share of probability to draw from.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the draws.")] = 0,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
     checkpoint: CheckpointOption = None,
     no_adapter: NoAdapterOption = False,
     bits: BitsOption = None,

@@ -55,6 +55,11 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="float32, bfloat16 or float16; the run's by default."),
 ]
+TemperatureOption = Annotated[
+    float, typer.Option(metavar="T", help="0 takes the most likely token each time.")
+]
+TopPOption = Annotated[float, typer.Option(metavar="P", help="Share of probability to draw from.")]
+SeedOption = Annotated[int, typer.Option(metavar="N", help="Seed of the draws.")]
 DeviceOption = Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let Python code of the checkpoint run.")

@@ -16,6 +16,9 @@ from glasstune.cli.common import (
     DtypeOption,
     JsonOption,
     NoAdapterOption,
+    SeedOption,
+    TemperatureOption,
+    TopPOption,
     TrustOption,
     emit,
     progress,
@@ -46,13 +49,9 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", help="Longest answer in tokens.")
     ] = 256,
-    temperature: Annotated[
-        float, typer.Option(metavar="T", help="0 takes the most likely token each time.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(metavar="P", help="Share of probability to draw from.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the draws.")] = 0,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts in one forward.")] = 8,
     checkpoint: CheckpointOption = None,
     no_adapter: NoAdapterOption = False,
