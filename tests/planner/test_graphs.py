@@ -53,7 +53,7 @@ def test_a_buffer_is_free_after_its_last_reader() -> None:
     assert walk(graph(function, torch.ones(32, 16), torch.ones(16, 16)), set(), 1).peak == 3 * one
 
 
-def really_saved(fast: bool) -> int:
+def really_saved(fast: bool, budget: float | None = None) -> int:
     """Bytes that a real compiled block saves for its backward, its output in, its input out."""
     from transformers import AutoModelForCausalLM
 
@@ -62,7 +62,7 @@ def really_saved(fast: bool) -> int:
     model = add_adapter(base, **ADAPTER).train()
     keep_activation_dtype(model)
     options = {"backend": "aot_eager_decomp_partition", "dynamic": False}
-    report = speed_up(model, compile=True, compile_options=options)
+    report = speed_up(model, compile=True, compile_options=options, memory_budget=budget)
     if not fast:
         detach(report.groups, [])
         for path in report.record.compiled:
@@ -103,6 +103,39 @@ def test_kept_bytes_are_those_that_a_real_compiled_block_saves(fast: bool) -> No
     assert plain.kept == really_saved(fast)
     assert again.kept == 2 * 64 * 64 * 2  # its output
     assert plain.backward >= plain.kept
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("budget", [0.9, 0.7, 0.3])
+def test_kept_bytes_under_a_budget_are_those_that_a_real_block_saves(budget: float) -> None:
+    shadow = make_shadow(open_source(tiny_config()), 16, ADAPTER, target="cuda", fast=True)
+    call = block_calls(shadow, Batch(2, 64))[1]
+    whole, _ = compiled_bytes(shadow, shadow.blocks[1], call, round_to=1)
+    light, again = compiled_bytes(shadow, shadow.blocks[1], call, round_to=1, budget=budget)
+    assert light.kept == really_saved(True, budget) < whole.kept
+    assert light.flops >= whole.flops
+    assert again.kept == 2 * 64 * 64 * 2
+
+
+def test_operations_of_the_graphs_are_those_of_the_layer_and_budgets_add_to_them() -> None:
+    setup = Setup(open_source(tiny_config()), 16, ADAPTER, target="cuda", fast=True, compiled=True)
+    model = MemoryModel(setup)
+    batch = Batch(2, 64)
+    before = model.activations(batch)
+    assert before.light == {}
+    found = model.lighter(batch)
+    assert found is model.lighter(batch)
+    last = {1.0: before.plain[-1]} | {b: blocks[0][-1] for b, blocks in found.light.items()}
+    kept, flops = [b.kept for b in last.values()], [b.flops for b in last.values()]
+    assert len(last) >= 3
+    assert kept == sorted(kept, reverse=True)
+    assert flops == sorted(flops)
+    for block in last.values():
+        assert block.again == kept[0] - block.kept
+    # Scaled to half the rows, every block halves.
+    half = model.scaled(Batch(1, 64), batch)
+    assert set(half.light) == set(found.light)
+    assert half.light[0.9][0][-1].kept == last[0.9].kept // 2
 
 
 @pytest.mark.parametrize("family", ["bloom", "gemma2", "gpt2", "phi3", "qwen3"])

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from glasstune.core.recompute import Recompute
 from glasstune.planner.choose import fastest, policy_name, reason, ways
-from glasstune.planner.peak import Activations, Static, moments, owner, peak, step_flops
+from glasstune.planner.peak import (
+    Activations,
+    Static,
+    moments,
+    owner,
+    peak,
+    step_flops,
+    step_traffic,
+)
 from glasstune.planner.several import NCCL_BYTES, ddp, fsdp2
 from glasstune.planner.trace import BlockBytes
 
@@ -65,6 +75,18 @@ def test_operations_of_a_step() -> None:
     assert step_flops(BATCH, Recompute(3)) == 12 + 3 * 40 + 30
 
 
+def test_a_budget_takes_the_lighter_layers() -> None:
+    light = BlockBytes(kept=70, forward=120, backward=150, gradients=10, flops=33, again=30)
+    deep = BlockBytes(kept=20, forward=90, backward=170, gradients=10, flops=44, again=30)
+    batch = replace(BATCH, light={0.7: ([light] * 4, [deep] * 4)})
+    policy = Recompute(1, budget=0.7)
+    found = {m.phase: m.bytes for m in moments(STATIC, batch, policy, context=7)}
+    assert found["loss"] == STAYS + 50 + 20 + 3 * 70 + 200
+    assert step_flops(batch, policy) == 12 + 44 + 3 * 33
+    assert step_traffic(batch, policy) == 2 * 4 * 30
+    assert step_traffic(batch, Recompute(1)) == 0
+
+
 def cost(recompute: Recompute) -> tuple[int, float]:
     seconds = 10.0 + recompute.layers + (5 if recompute.offload else 0)
     return 100 - 10 * recompute.layers - (20 if recompute.offload else 0), seconds
@@ -79,6 +101,25 @@ def test_the_fastest_that_fits_is_chosen() -> None:
         assert chosen.recompute == Recompute(layers, offload=offload)
         assert chosen.peak <= limit
     assert fastest(options, 39) is None
+
+
+def test_a_budget_that_costs_less_than_layers_comes_first() -> None:
+    def with_budget(recompute: Recompute) -> tuple[int, float]:
+        size, seconds = cost(recompute)
+        return size - round(30 * (1 - recompute.budget)), seconds + 1 - recompute.budget
+
+    options = ways(4, with_budget, offload=True, budgets=(1.0, 0.5))
+    assert len(options) == 12
+    chosen = fastest(options, 85)
+    assert chosen is not None
+    assert chosen.recompute == Recompute(budget=0.5)
+    assert policy_name(chosen.recompute, 4) == "light"
+    assert "memory budget 0.5" in reason(chosen, options, 85, 4)
+    mixed = fastest(options, 66)
+    assert mixed is not None
+    assert mixed.recompute == Recompute(2, budget=0.5)
+    assert policy_name(mixed.recompute, 4) == "partial"
+    assert "2 of 4 layers computed again, and what is cheap" in reason(mixed, options, 66, 4)
 
 
 def test_the_reason_names_the_next_best() -> None:

@@ -14,6 +14,7 @@ from glasstune.core.choices import Choices
 from glasstune.core.config_load import config_from_mapping
 from glasstune.core.errors import InputError, RunError
 from glasstune.core.plan import PARTS
+from glasstune.core.recompute import Recompute
 from glasstune.workflows import plan as plan_module
 from glasstune.workflows.plan import plan, plan_run, plan_start, small
 from glasstune.workflows.plan_batch import largest_batch, longest_rows
@@ -96,6 +97,37 @@ def test_a_tight_limit_has_layers_recomputed(
     assert "layers computed again" in found.record.reason
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_layers_make_again_what_is_cheap_where_memory_asks(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._functorch.config as functorch
+
+    from glasstune.fast import compile
+    from glasstune.workflows import plan_work
+
+    monkeypatch.setattr(compile, "_missing_compiler", lambda _: None)
+    training = {"train_batch_size": 8, "per_device_train_batch_size": 8, "compile": True}
+    config = tiny_run(tiny_llama, qa_file, tmp_path / "run", training=training)
+    prepared = prepare(config, Choices(), QuietProgress())
+    work = plan_work.Work(prepared, None)
+    work.device.bandwidth = 1e12
+    free = work.options(8)
+    assert {option.recompute.budget for option in free} == {1.0}
+    work.limit = free[0].peak - 1
+    option, rows = work.choose()
+    assert option.peak <= work.limit
+    assert rows == 8
+    assert option.recompute == Recompute(budget=option.recompute.budget)
+    assert option.recompute.budget < 1
+    ready = replace(prepared, recompute=option.recompute)
+    before = functorch.activation_memory_budget
+    adapted, *_ = open_trained(ready, lambda _: None)
+    assert functorch.activation_memory_budget == option.recompute.budget
+    adapted.slow_down()
+    assert functorch.activation_memory_budget == before
+
+
 def test_auto_rows_get_smaller_where_memory_asks(
     tiny_llama: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,8 +142,6 @@ def test_auto_rows_get_smaller_where_memory_asks(
     )  # fmt: skip
     prepared = prepare(config, Choices(), QuietProgress())
     work = plan_work.Work(prepared, None)
-    from glasstune.core.recompute import Recompute
-
     most = prepared.schedule.micro
     assert work.row_numbers()[0] == most > 1
     work.limit = work.peak(most, Recompute()).bytes - 1

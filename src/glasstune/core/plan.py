@@ -108,7 +108,7 @@ class PlanRecord(Record):
         owner: The part that is the largest then.
         moments: The peak of every phase.
         layers: Decoder layers of the model.
-        recompute: `none`, `partial`, `full` or `offload`.
+        recompute: `none`, `light`, `partial`, `full` or `offload`.
         model: As the configuration names it.
         bits: Of its base.
         device: Name of the device.

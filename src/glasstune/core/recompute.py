@@ -1,4 +1,4 @@
-"""Recomputation as a number: how many decoder layers forget their activations."""
+"""Recomputation as numbers: how many decoder layers forget what they made, and how much of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ class Recompute:
     Args:
         layers: Number of recomputed layers, counted from the first; 0 recomputes nothing.
         offload: Whether the inputs of recomputed layers wait in pinned host memory.
+        budget: Share of their activations that compiled layers keep, 0 to 1. The compiler makes
+            the rest again, what is cheapest first: below 1 without a product at first.
     """
 
     layers: int = 0
     offload: bool = False
+    budget: float = 1.0

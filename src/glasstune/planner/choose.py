@@ -25,7 +25,11 @@ class Option:
 
 
 def ways(
-    layers: int, cost: Callable[[Recompute], tuple[int, float]], *, offload: bool
+    layers: int,
+    cost: Callable[[Recompute], tuple[int, float]],
+    *,
+    offload: bool,
+    budgets: Sequence[float] = (1.0,),
 ) -> list[Option]:
     """Works out every policy.
 
@@ -33,10 +37,13 @@ def ways(
         layers: Decoder layers.
         cost: Policy -> (peak bytes, seconds of an update).
         offload: Whether inputs may wait in host memory.
+        budgets: Shares of their activations that layers may keep.
     """
-    policies = [Recompute(count) for count in range(layers + 1)]
-    if offload and layers:
-        policies.append(Recompute(layers, offload=True))
+    policies = []
+    for budget in budgets:
+        policies += [Recompute(count, budget=budget) for count in range(layers + 1)]
+        if offload and layers:
+            policies.append(Recompute(layers, offload=True, budget=budget))
     return [Option(policy, *cost(policy)) for policy in policies]
 
 
@@ -47,9 +54,11 @@ def fastest(options: Sequence[Option], limit: int) -> Option | None:
 
 
 def policy_name(recompute: Recompute, layers: int) -> str:
-    """Returns `none`, `partial`, `full` or `offload`."""
+    """Returns `none`, `light`, `partial`, `full` or `offload`."""
     if recompute.offload:
         return "offload"
+    if recompute.layers == 0 and recompute.budget < 1:
+        return "light"
     if recompute.layers in (0, layers):
         return "full" if recompute.layers else "none"
     return "partial"
@@ -58,12 +67,15 @@ def policy_name(recompute: Recompute, layers: int) -> str:
 def policy_words(recompute: Recompute, layers: int) -> str:
     """Says a policy in words."""
     name = policy_name(recompute, layers)
+    share = f"what is cheap made again (memory budget {recompute.budget:g})"
     if name == "none":
         return "no layer computed again"
+    if name == "light":
+        return f"in every layer {share}"
     where = ", their inputs in host memory" if name == "offload" else ""
-    if name == "partial":
-        return f"the first {recompute.layers} of {layers} layers computed again"
-    return f"all {layers} layers computed again{where}"
+    count = f"the first {recompute.layers} of {layers}" if name == "partial" else f"all {layers}"
+    rest = f", and {share}" if recompute.budget < 1 else ""
+    return f"{count} layers computed again{where}{rest}"
 
 
 def reason(chosen: Option, options: Sequence[Option], limit: int, layers: int) -> str:
@@ -80,8 +92,8 @@ def reason(chosen: Option, options: Sequence[Option], limit: int, layers: int) -
             f"take {format_bytes(near.peak)} and be {_percent(chosen.seconds / near.seconds - 1)} "
             "faster"
         )
-    slower = [option for option in options if option.recompute.layers == layers]
-    if chosen.recompute.layers == 0 and slower and layers:
+    slower = [option for option in options if option.recompute == Recompute(layers)]
+    if chosen.recompute == Recompute(0) and slower and layers:
         other = slower[0]
         return (
             f"{text}, the fastest; next best, {policy_words(other.recompute, layers)}, would take "

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
-from glasstune.planner.live import attention_workspace
+from glasstune.planner.live import attention_workspace, operations
 from glasstune.planner.shadow import Shadow
 from glasstune.planner.trace import BlockBytes
 
@@ -42,21 +43,26 @@ BOXED_GRADIENTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) 
 
 
 def compiled_bytes(
-    shadow: Shadow, path: str, call: tuple[tuple[Any, ...], dict[str, Any]], *, round_to: int = 512
-) -> tuple[BlockBytes, BlockBytes]:
+    shadow: Shadow, path: str, call: tuple[tuple[Any, ...], dict[str, Any]], *,
+    round_to: int = 512, budget: float = 1.0,
+) -> tuple[BlockBytes, BlockBytes]:  # fmt: skip
     """Returns the bytes of a compiled block, plain and computed again in the backward.
+
+    Their operations are those that the graphs have: of one forward and one backward.
 
     Args:
         shadow: The model.
         path: Of the block.
         call: Its arguments.
         round_to: Bytes to which each tensor is rounded up.
+        budget: Share of its activations that the block keeps; see `Recompute`.
 
     Raises:
         RuntimeError: The compiler does not take the block as one graph with a backward.
     """
     block = shadow.model.get_submodule(path)
-    graphs = compile_block(shadow, path, call)
+    with functorch.patch(activation_memory_budget=budget):
+        graphs = compile_block(shadow, path, call)
     entering = sum(_size(value, round_to) for value in _distinct(_tensors(call[0][:1])))
     ahead, saved, keeps_input, leaving = _forward(graphs, round_to)
     outside = {f"primals_{index + 1}" for index in graphs.outside}
@@ -72,11 +78,13 @@ def compiled_bytes(
     kept = saved + leaving - (0 if keeps_input else entering)
     # The input is among those kept by the blocks before.
     backward = back.peak + late - (entering if keeps_input else 0)
-    plain = BlockBytes(kept, max(ahead.peak, saved + leaving), backward, gradients)
+    flops = graph_flops(graphs.forward) + graph_flops(graphs.backward)
+    plain = BlockBytes(kept, max(ahead.peak, saved + leaving), backward, gradients, flops)
     # The input is kept from outside, and the incoming gradient waits while the forward runs again.
     again = BlockBytes(
-        leaving, plain.forward, max(backward, held + max(ahead.peak, saved + leaving)), gradients
-    )
+        leaving, plain.forward, max(backward, held + max(ahead.peak, saved + leaving)), gradients,
+        flops + graph_flops(graphs.forward),
+    )  # fmt: skip
     return plain, again
 
 
@@ -161,6 +169,18 @@ def _compile_block(
     if len(found) != 2:
         raise RuntimeError(f"the compiler made {len(found)} graphs of {path}, not two")
     return Compiled(found[0], found[1], outside)
+
+
+def graph_flops(graph: fx.GraphModule) -> int:
+    """Returns the floating point operations of a graph's products and attention."""
+    total = 0
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = tree_map_only(
+                fx.Node, lambda argument: argument.meta.get("val"), (node.args, node.kwargs)
+            )
+            total += operations(node.target, args, kwargs, node.meta.get("val"))
+    return total
 
 
 @dataclass

@@ -6,7 +6,7 @@ Each storage is counted when an operation makes it and taken off when nothing ho
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,21 @@ def _attention_flops(name: str, inputs: Sequence[Any]) -> int:
     q, k = tensors[1:3] if back else tensors[:2]
     whole = 4 * q.numel() * k.shape[2]
     return whole * 5 // 2 if back else whole
+
+
+def operations(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+    """Returns the floating point operations of a product or an attention; 0 of anything else.
+
+    Args:
+        func: The operation.
+        args: Its arguments.
+        kwargs: Those by name.
+        out: What it returned.
+    """
+    counter = flop_registry.get(getattr(func, "_overloadpacket", None))
+    if counter is not None:
+        return int(counter(*args, **kwargs, out_val=out))
+    return _attention_flops(str(func), args) if "attention" in str(func) else 0
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -89,11 +104,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.cuda and (inside := attention_workspace(str(func), args)):
             self.peak = max(self.peak, self.now + inside)
             self.most = max(self.most, self.now + inside)
-        counter = flop_registry.get(getattr(func, "_overloadpacket", None))
-        if counter is not None:
-            self.flops += counter(*args, **(kwargs or {}), out_val=out)
-        elif "attention" in str(func):
-            self.flops += _attention_flops(str(func), args)
+        self.flops += operations(func, args, kwargs or {}, out)
         for value in tree_iter(out):
             if isinstance(value, Tensor):
                 self._count(value)

@@ -26,6 +26,11 @@ from glasstune.planner.trace import (
     trace_step,
 )
 
+BUDGETS = (0.9, 0.7, 0.5, 0.3)
+"""Shares of their activations that compiled layers may keep, beside all. On Llama's layers: without
+copies for LoRA's columns and what the MLP's gate makes; without attention's output; the next two
+make one wide product again each."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -84,6 +89,7 @@ class MemoryModel:
         self.bare_head = split.bare
         self.static = self._static()
         self._known: dict[Any, Activations] = {}
+        self._compiled: dict[Any, list[tuple[BlockBytes, BlockBytes]]] = {}
 
     @property
     def layers(self) -> int:
@@ -92,9 +98,33 @@ class MemoryModel:
 
     def activations(self, batch: Batch) -> Activations:
         """Returns what a batch does to memory; each is worked out once."""
-        key = (batch.rows, batch.length, batch.trained, batch.masked, batch.bounds)
+        key = _key(batch)
         if key not in self._known:
             self._known[key] = self._trace(batch)
+        return self._known[key]
+
+    def lighter(self, batch: Batch) -> Activations:
+        """Returns the same with what compiled layers keep under each smaller budget.
+
+        Budgets that change nothing are left out; nothing is added where layers are not compiled.
+        """
+        key, known = _key(batch), self.activations(batch)
+        if known.light or key not in self._compiled:
+            return known
+        kinds, whole = self.shadow.stands_for, self._compiled[key]
+        light: dict[float, tuple[list[BlockBytes], list[BlockBytes]]] = {}
+        before = sum(whole[kind][0].kept for kind in kinds)
+        for budget in BUDGETS:
+            pairs = self._compile(batch, budget)
+            kept = sum(pairs[kind][0].kept for kind in kinds)
+            if kept >= before:
+                continue
+            before = kept
+            light[budget] = (
+                [_lighter(known.plain[n], whole[k], pairs[k], 0) for n, k in enumerate(kinds)],
+                [_lighter(known.again[n], whole[k], pairs[k], 1) for n, k in enumerate(kinds)],
+            )
+        self._known[key] = replace(known, light=light)
         return self._known[key]
 
     def scaled(self, batch: Batch, like: Batch) -> Activations:
@@ -113,7 +143,7 @@ class MemoryModel:
         def block(part: BlockBytes) -> BlockBytes:
             return BlockBytes(
                 grown(part.kept), grown(part.forward, fixed), grown(part.backward, fixed),
-                part.gradients, grown(part.flops),
+                part.gradients, grown(part.flops), grown(part.again),
             )  # fmt: skip
 
         return replace(
@@ -126,6 +156,10 @@ class MemoryModel:
             head_kept=grown(known.head_kept),
             evaluation=grown(known.evaluation, fixed),
             flops=grown(known.flops),
+            light={
+                budget: ([block(part) for part in plain], [block(part) for part in again])
+                for budget, (plain, again) in known.light.items()
+            },
         )
 
     def largest_expansion(self) -> int:
@@ -159,13 +193,17 @@ class MemoryModel:
         notes = ["each layer's operations traced on tensors without data"]
         if compiled:
             try:
-                plains, agains = self._compiled(batch, plain.blocks, again.blocks)
+                pairs = self._compile(batch)
             except RuntimeError as error:  # of the compiler: a mixture of experts has no one graph
                 notes.append(
                     f"the compiler makes no one graph of a layer ({type(error).__name__}): what "
                     "compiling saves is left out"
                 )
             else:
+                self._compiled[_key(batch)] = pairs
+                # Products are the same, whoever makes them.
+                plains = [replace(p[0], flops=b.flops) for p, b in zip(pairs, plains, strict=True)]
+                agains = [replace(p[1], flops=b.flops) for p, b in zip(pairs, agains, strict=True)]
                 # Compiled blocks keep their input, as computed-again ones do: so what is around.
                 around = again
                 notes = ["each layer's compiled graphs walked buffer by buffer"]
@@ -183,18 +221,13 @@ class MemoryModel:
             notes=notes,
         )
 
-    def _compiled(
-        self, batch: Batch, plain: list[BlockBytes], again: list[BlockBytes]
-    ) -> tuple[list[BlockBytes], list[BlockBytes]]:
-        """Returns the blocks, kept and computed again, as compiled; products are the same."""
+    def _compile(self, batch: Batch, budget: float = 1.0) -> list[tuple[BlockBytes, BlockBytes]]:
+        """Returns each block of the shadow, kept and computed again, as compiled."""
         shadow = self.shadow
-        pairs = [
-            compiled_bytes(shadow, path, call, round_to=ROUND["cuda"])
+        return [
+            compiled_bytes(shadow, path, call, round_to=ROUND["cuda"], budget=budget)
             for path, call in zip(shadow.blocks, block_calls(shadow, batch), strict=True)
         ]
-        kept = [replace(pair[0], flops=b.flops) for pair, b in zip(pairs, plain, strict=True)]
-        anew = [replace(pair[1], flops=b.flops) for pair, b in zip(pairs, again, strict=True)]
-        return kept, anew
 
     def _static(self) -> Static:
         setup = self.setup
@@ -234,3 +267,26 @@ class MemoryModel:
             if name.startswith(f"{path}."):
                 return self.shadow.stands_for.count(index)
         return 1
+
+
+def _key(batch: Batch) -> tuple[Any, ...]:
+    return (batch.rows, batch.length, batch.trained, batch.masked, batch.bounds)
+
+
+_Pair = tuple[BlockBytes, BlockBytes]
+
+
+def _lighter(known: BlockBytes, whole: _Pair, light: _Pair, which: int) -> BlockBytes:
+    """Returns a block under a smaller budget.
+
+    Args:
+        known: With nothing left out.
+        whole: The same kept and computed again, as the compiler's graphs have it.
+        light: As the graphs have it under the budget.
+        which: 0 where it is kept, 1 where it is computed again.
+    """
+    return replace(
+        light[which],
+        flops=known.flops + light[which].flops - whole[which].flops,
+        again=max(0, whole[0].kept - light[0].kept),
+    )

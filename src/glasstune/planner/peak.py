@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from glasstune.core.plan import PARTS, Moment
@@ -47,6 +47,7 @@ class Activations:
         evaluation: The most while a batch is evaluated.
         flops: Floating point operations outside the blocks.
         notes: How the numbers were found.
+        light: Budget below 1 -> `plain` and `again` of layers that keep that share of theirs.
     """
 
     before: int
@@ -58,6 +59,15 @@ class Activations:
     evaluation: int
     flops: int = 0
     notes: list[str] = field(default_factory=list)
+    light: Mapping[float, tuple[Sequence[BlockBytes], Sequence[BlockBytes]]] = field(
+        default_factory=dict
+    )
+
+    def blocks(self, recompute: Recompute) -> list[BlockBytes]:
+        """Returns each layer as a policy runs it."""
+        whole = (self.plain, self.again)
+        plain, again = whole if recompute.budget == 1 else self.light[recompute.budget]
+        return [*again[: recompute.layers], *plain[recompute.layers :]]
 
 
 _IN_FLIGHT = 2
@@ -86,10 +96,7 @@ def moments(
     Returns:
         One entry a phase, in the order of a run.
     """
-    blocks = [
-        batch.again[index] if index < recompute.layers else plain
-        for index, plain in enumerate(batch.plain)
-    ]
+    blocks = batch.blocks(recompute)
     kept = [block.kept for block in blocks]
     flying = 0
     if recompute.offload:
@@ -159,7 +166,9 @@ def owner(moment: Moment) -> str:
 
 def step_flops(batch: Activations, recompute: Recompute) -> int:
     """Returns the operations of a forward and a backward, recomputation included."""
-    return batch.flops + sum(
-        (batch.again[index] if index < recompute.layers else plain).flops
-        for index, plain in enumerate(batch.plain)
-    )
+    return batch.flops + sum(block.flops for block in batch.blocks(recompute))
+
+
+def step_traffic(batch: Activations, recompute: Recompute) -> int:
+    """Returns the bytes that cross the memory's wires because cheap results are made again."""
+    return 2 * sum(block.again for block in batch.blocks(recompute))

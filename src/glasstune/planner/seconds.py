@@ -7,6 +7,7 @@ import time
 import torch
 
 PROBE_SECONDS = 0.2
+PROBE_BYTES = 2**27
 
 SHARE = {("cuda", True): 0.75, ("cuda", False): 0.45, ("cpu", True): 0.5, ("cpu", False): 0.5}
 """Share of a product's rate that a whole step reaches, by device and whether blocks are compiled.
@@ -55,7 +56,31 @@ def probe_rate(device: torch.device, width: int, rows: int, dtype: torch.dtype) 
     return count * once / seconds
 
 
-def forward_seconds(flops: int, tokens: int, rate: float, device: str, compiled: bool) -> float:
+def probe_bandwidth(device: torch.device) -> float:
+    """Returns the bytes a second that a copy within the device's memory moves, both ways counted.
+
+    Args:
+        device: Where the run will be.
+    """
+    source = torch.ones(PROBE_BYTES, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    target.copy_(source)
+    wait()
+    started, count = time.perf_counter(), 10
+    for _ in range(count):
+        target.copy_(source)
+    wait()
+    return 2 * count * PROBE_BYTES / (time.perf_counter() - started)
+
+
+def forward_seconds(
+    flops: int, tokens: int, rate: float, device: str, compiled: bool, again: float = 0.0
+) -> float:
     """Returns the seconds of a forward and backward.
 
     Args:
@@ -64,6 +89,7 @@ def forward_seconds(flops: int, tokens: int, rate: float, device: str, compiled:
         rate: Of products, see `probe_rate`.
         device: `cpu` or `cuda`.
         compiled: Whether blocks are compiled.
+        again: Seconds of memory traffic for what is made again although it is no product.
     """
-    full = flops / (rate * SHARE[device, compiled])
+    full = again + flops / (rate * SHARE[device, compiled])
     return full * (1 + LAUNCH_TOKENS[device] / max(1, tokens))

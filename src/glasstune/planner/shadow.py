@@ -153,7 +153,7 @@ def shadow_of(
     """
     if attention is not None:
         base.set_attn_implementation(attention)
-    if packed and packing_of(base, target) == "documents":
+    if packed and packing_of(base, target, fast) == "documents":
         documents.register()
         base.set_attn_implementation(documents.NAME)
     base.config.use_cache = False
@@ -179,15 +179,23 @@ def shadow_of(
     return made
 
 
-def packing_of(base: Any, target: str) -> str:
+def packing_of(base: Any, target: str, fast: bool) -> str:
     """Returns how documents of a row are kept apart: `documents`, `mask` or `kernel`.
 
     `kernel`: by an attention kernel that needs no mask and keeps what a plain one keeps.
+
+    Args:
+        base: The model.
+        target: `cpu` or `cuda`.
+        fast: Whether layers share products: on a CPU that is so where they are compiled, and then
+            no call may differ by the bounds of the documents.
     """
     family = family_of(base.config)
     plain = base.config._attn_implementation in ("sdpa", documents.NAME)
     if family is not None and family.packing == "documents" and plain:
-        return "documents" if target == "cpu" else "kernel"
+        if target != "cpu":
+            return "kernel"
+        return "mask" if fast else "documents"
     return "mask"
 
 

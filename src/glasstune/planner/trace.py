@@ -35,6 +35,7 @@ class BlockBytes:
             (its own kept ones and gradients of its adapters included).
         gradients: Bytes of the gradients of its trained tensors.
         flops: Floating point operations of its forward and its backward.
+        again: Bytes that are made again although they are no product's: written and read once more.
     """
 
     kept: int
@@ -42,6 +43,7 @@ class BlockBytes:
     backward: int
     gradients: int
     flops: int = 0
+    again: int = 0
 
 
 @dataclass

@@ -125,7 +125,9 @@ def plan_start(
     for finding in planned.record.findings:
         if finding.code == "offload_is_full":
             prepared.choices.record(finding.where, "full", finding.message)
-    if chosen.layers in (0, layers):
+    if chosen.budget < 1:
+        prepared.choices.record("training.memory_budget", chosen.budget, planned.record.reason)
+    elif chosen.layers in (0, layers):
         training.recompute = "offload" if chosen.offload else "full" if chosen.layers else "none"
     prepared.choices.record("recompute_layers", chosen.layers, planned.record.reason)
     return planned

@@ -36,6 +36,7 @@ class Device:
         compiled: Whether blocks are compiled.
         attention: Implementation that the family needs, None for its own.
         rate: Operations a second of products.
+        bandwidth: Bytes a second, read and written, of the device's memory.
         rate_note: Where that comes from.
         context: Bytes of driver and libraries.
         library: Bytes that product libraries keep.
@@ -49,6 +50,7 @@ class Device:
     compiled: bool
     attention: str | None = None
     rate: float = 0.0
+    bandwidth: float = 1.0
     rate_note: str = ""
     context: int = 0
     library: int = 0
@@ -59,7 +61,7 @@ class Device:
         """Measures the rate of products, and what libraries take, in a fraction of a second."""
         import torch
 
-        from glasstune.planner.seconds import SHARE, probe_rate
+        from glasstune.planner.seconds import SHARE, probe_bandwidth, probe_rate
 
         causal = model.shadow.model.get_base_model()
         width = int(causal.get_output_embeddings().weight.shape[1])
@@ -70,6 +72,8 @@ class Device:
             f"products of this model's width run at {self.rate / 1e12:.2f} TFLOP/s here, measured "
             f"just now; a whole step reaches {share:.0%} of that (calibrated)"
         )
+        if self.compiled:
+            self.bandwidth = probe_bandwidth(torch.device(self.kind))
         if self.kind == "cuda":
             from glasstune.planner.device import library_bytes
 

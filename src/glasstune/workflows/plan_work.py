@@ -54,7 +54,7 @@ class Work:
 
         data = self.prepared.data
         base = self.model.shadow.model.get_base_model()
-        way = packing_of(base, self.device.kind)
+        way = packing_of(base, self.device.kind, self.device.fast)
         return shape_of(
             (data.train, data.validation), rows, self.prepared.pad_id,
             documents=way == "documents", mask=way == "mask",
@@ -95,6 +95,9 @@ class Work:
 
         every = ways(layers, cost, offload=cuda)
         if asked == "auto":
+            if self.device.compiled and every[0].peak > self.limit:
+                self.activations = self.model.lighter(self.batch)
+                every = ways(layers, cost, offload=cuda, budgets=(1.0, *self.activations.light))
             if len(decoder_layers(self.model.shadow.model)) == len(self.model.shadow.blocks):
                 return every
             # An old family has one switch for all layers.
@@ -134,7 +137,7 @@ class Work:
 
     def seconds(self, rows: int, recompute: Recompute, length: int | None = None) -> float:
         """Returns the mean seconds of an update."""
-        from glasstune.planner.peak import step_flops
+        from glasstune.planner.peak import step_flops, step_traffic
         from glasstune.planner.seconds import forward_seconds
 
         schedule = self.prepared.schedule
@@ -142,9 +145,11 @@ class Work:
         flops = round(step_flops(self.activations, recompute) * share)
         forwards = schedule.batch / rows * self.batch.length / (length or self.batch.length)
         tokens = rows * (length or self.batch.length)
+        traffic = step_traffic(self.activations, recompute) * share
         once = forward_seconds(
-            flops, tokens, self.device.rate, self.device.kind, self.model.setup.compiled
-        )
+            flops, tokens, self.device.rate, self.device.kind, self.model.setup.compiled,
+            traffic / self.device.bandwidth,
+        )  # fmt: skip
         return forwards * once
 
     def record(self, option: Option, rows: int) -> PlanRecord:

@@ -51,7 +51,8 @@ def open_trained(
     adapted = _adapt(prepared, base, note, speed)
     parameters = trainable(adapted.model)
     optimizer = make_optimizer(parameters, config.training)
-    speed.apply(adapted, prepared.choices, list(parameters.values()))
+    budget = 1.0 if prepared.recompute is None else prepared.recompute.budget
+    speed.apply(adapted, prepared.choices, list(parameters.values()), budget)
     return adapted, parameters, optimizer
 
 

@@ -42,13 +42,20 @@ class SpeedChoice:
     splits: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def apply(self, adapted: AdaptedModel, choices: Choices, parameters: Sequence[Tensor]) -> None:
+    def apply(
+        self,
+        adapted: AdaptedModel,
+        choices: Choices,
+        parameters: Sequence[Tensor],
+        budget: float = 1.0,
+    ) -> None:
         """Speeds a model up, and leaves the record of it in the model.
 
         Args:
             adapted: The model, complete but for this.
             choices: Where automatic choices are noted.
             parameters: Its trained tensors.
+            budget: Share of their activations that compiled blocks keep.
         """
         from glasstune.fast.speed_up import speed_up
         from glasstune.training.replay import Replays
@@ -57,8 +64,9 @@ class SpeedChoice:
             adapted.speed_record = _all_plain(adapted.model, self.reason)
             return
         adapted.speed = speed_up(
-            adapted.model, compile=self.compiled, choices=choices, compile_options=self.options
-        )
+            adapted.model, compile=self.compiled, choices=choices, compile_options=self.options,
+            memory_budget=budget if budget < 1 else None,
+        )  # fmt: skip
         adapted.speed_record = adapted.speed.record
         if self.compiled and self.splits:
             _keep_graphs(adapted)
