@@ -16,7 +16,7 @@ from glasstune.core.config import ModelConfig
 from glasstune.core.errors import InputError
 from glasstune.models.facts import model_facts
 from glasstune.models.families import documents
-from glasstune.models.families.install import install_packing, packing_kwargs
+from glasstune.models.families.install import install_packing, packing_kwargs, padded_kwargs
 from glasstune.models.families.table import FAMILIES, Family
 from glasstune.models.load import load_base
 from glasstune.models.resolve import resolve_model
@@ -136,6 +136,32 @@ def test_restarting_positions_without_bounds_are_refused():
     ids, positions, _ = pack(make_documents(1))
     with pytest.raises(ValueError, match="document_bounds"):
         model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False)
+
+
+@pytest.mark.parametrize("family", sorted(SPECS))
+def test_rows_padded_at_their_end_need_no_mask(family):
+    model = family_model(family)
+    rows = make_documents(5)
+    longest = [row[0] for row in rows] + [rows[0][1]]
+    ids = torch.zeros(3, 16, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, document in enumerate(longest):
+        ids[index, : len(document)] = document
+        mask[index, : len(document)] = 1
+    given = padded_kwargs(model, mask)
+    assert given == {"attention_mask": None}
+    out = model(input_ids=ids, use_cache=False, **given).logits
+    for index, document in enumerate(longest):
+        alone = model(input_ids=document[None], use_cache=False).logits[0]
+        torch.testing.assert_close(out[index, : len(document)], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_code_of_a_checkpoint_is_told_where_padding_is():
+    model = family_model("llama")
+    kind = type("RemoteConfig", (type(model.config),), {"__module__": "somewhere.else"})
+    model.config.__class__ = kind
+    mask = torch.ones(1, 3, dtype=torch.long)
+    assert padded_kwargs(model, mask)["attention_mask"] is mask
 
 
 def test_padded_batches_and_generation_are_untouched():

@@ -42,8 +42,19 @@ def test_shapes_of_a_run() -> None:
     assert FixedShape.of_run(2, 4, (data,)).rows == (2,)
     longer = packs([[44]]).micro_batch([0], 0, 0)  # not among the packs that were looked at
     assert shape.of(longer) == (2, 64)
-    assert FixedShape.of_run(4, 2, (packs([[4]], packed=False),)) is None
-    assert FixedShape.of_run(4, 2, (data, packs([[4]], packed=False))) is None
+    assert FixedShape.of_run(4, 2, (None,)) is None
+
+
+def test_rows_that_are_not_packed_get_few_lengths() -> None:
+    data = packs([[4], [130], [199], [65], [64]], max_length=200, packed=False)
+    shape = FixedShape.of_run(8, 3, (data, None))
+    assert shape == FixedShape(rows=(2, 3), length=200, longest=200, multiple=64)
+    lengths = [shape.of(data.micro_batch([row], 0, 0)) for row in range(5)]
+    assert lengths == [(2, 64), (2, 192), (2, 200), (2, 128), (2, 64)]
+    batch = data.micro_batch([0, 3], 0, 9)
+    given = inputs_of(batch, shape)
+    assert given.input_ids.shape == (2, 128)
+    assert given.attention_mask.sum(1).tolist() == [4, 65]
 
 
 def test_what_is_padded() -> None:

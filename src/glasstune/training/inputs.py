@@ -19,6 +19,9 @@ from glasstune.data.packing import PackedSet
 _LOOKED_AT = 64
 """Packs whose length is looked at before a run."""
 
+MULTIPLE = 64
+"""Tokens; lengths of rows that are not packed are rounded up to this where blocks are compiled."""
+
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copies from the host without waiting for the device; what is there already stays.
@@ -32,21 +35,24 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 @dataclass(frozen=True)
 class FixedShape:
-    """Shapes that packed batches are padded to, so that few graphs are compiled.
+    """Shapes that batches are padded to, so that few graphs are compiled and none too often.
 
     Args:
         rows: Numbers of rows that are not padded, ascending; a batch of fewer takes the next.
         length: Tokens of every row.
         longest: What a longer row is padded to.
+        multiple: Where rows are not packed: their length is rounded up to a multiple of this, in
+            place of `length` for all. Graphs then have a length of any such size.
     """
 
     rows: tuple[int, ...]
     length: int
     longest: int
+    multiple: int = 0
 
     @classmethod
     def of_run(cls, batch: int, micro: int, sets: Sequence[PackedSet | None]) -> FixedShape | None:
-        """Returns the shapes of a run, or None where rows are not packed.
+        """Returns the shapes of a run, or None where it has no rows.
 
         Args:
             batch: Rows of an update.
@@ -54,21 +60,33 @@ class FixedShape:
             sets: Training and held-out rows.
         """
         there = [data for data in sets if data is not None and data.rows]
-        if not there or not all(data.packed for data in there):
+        if not there:
             return None
         sizes = {min(batch, micro), batch % micro} - {0}
+        most = max(data.max_length for data in there)
+        if not all(data.packed for data in there):
+            longest = max(len(document) for data in there for document in data.documents)
+            return cls(tuple(sorted(sizes)), _up(longest, MULTIPLE, most), most, MULTIPLE)
         # Packs are made longest document first, so the first ones are among the fullest.
         longest = 0
         for data in there:
             first = data.micro_batch(range(min(data.rows, _LOOKED_AT)), 0, 0)
             longest = max(longest, first.input_ids.shape[1])
-        return cls(tuple(sorted(sizes)), longest, max(data.max_length for data in there))
+        return cls(tuple(sorted(sizes)), longest, most)
 
     def of(self, batch: MicroBatch) -> tuple[int, int]:
         """Returns rows and length of the forward of a batch; a larger batch stays as it is."""
         rows, length = batch.input_ids.shape
-        fitting = self.length if length <= self.length else max(length, self.longest)
+        if self.multiple:
+            fitting = _up(length, self.multiple, self.longest)
+        else:
+            fitting = self.length if length <= self.length else max(length, self.longest)
         return next((size for size in self.rows if size >= rows), rows), fitting
+
+
+def _up(length: int, multiple: int, most: int) -> int:
+    """Rounds up, but not above what a row may have."""
+    return max(length, min(-(-length // multiple) * multiple, most))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from glasstune.core.protocols import CountsTaker, StepHook
 from glasstune.core.speed import SpeedRecord
 from glasstune.fast.report import SpeedReport
 from glasstune.fast.speed_up import plain
-from glasstune.models.families.install import packing_kwargs
+from glasstune.models.families.install import packing_kwargs, padded_kwargs
 from glasstune.models.head import HeadSplit
 from glasstune.training.dropout import RowSeeds, mix
 from glasstune.training.inputs import FixedShape, Inputs, inputs_of, to_device
@@ -106,7 +106,7 @@ class AdaptedModel:
             inputs["position_ids"] = self._there(given.position_ids)
             inputs.update(packing_kwargs(self.model, given.bounds, self.device))
         else:
-            inputs["attention_mask"] = self._there(given.attention_mask)
+            inputs.update(padded_kwargs(self.model, self._there(given.attention_mask)))
         return (
             self._backbone(inputs) if self.replays is None else self.replays(self._backbone, inputs)
         )

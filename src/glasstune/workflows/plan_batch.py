@@ -57,12 +57,11 @@ def shape_of(
 
     batches = [largest_batch(data, rows, pad_id) for data in sets if data is not None and data.rows]
     longest = max(batches, key=lambda batch: batch.input_ids.size)
-    padded = not longest.packed and bool((longest.attention_mask == 0).any())
     return Batch(
         rows=max(batch.input_ids.shape[0] for batch in batches),
         length=max(batch.input_ids.shape[1] for batch in batches),
         trained=max(1, *(batch.trained_tokens for batch in batches)),
-        masked=padded or (longest.packed and mask),
+        masked=longest.packed and mask,
         bounds=tuple(map(_joined, longest.bounds)) if documents and longest.packed else None,
     )
 

@@ -55,10 +55,17 @@ class Work:
         data = self.prepared.data
         base = self.model.shadow.model.get_base_model()
         way = packing_of(base, self.device.kind, self.device.fast)
-        return shape_of(
+        batch = shape_of(
             (data.train, data.validation), rows, self.prepared.pad_id,
             documents=way == "documents", mask=way == "mask",
         )  # fmt: skip
+        if self.device.compiled and not data.train.packed:
+            from glasstune.training.inputs import FixedShape
+
+            schedule = self.prepared.schedule
+            shape = FixedShape.of_run(schedule.batch, schedule.micro, (data.train, data.validation))
+            batch = replace(batch, length=batch.length if shape is None else shape.length)
+        return batch
 
     def choose(self) -> tuple[Option, int]:
         """Returns the fastest way that fits, and its rows of a forward."""

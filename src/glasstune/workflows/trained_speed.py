@@ -30,7 +30,7 @@ class SpeedChoice:
         compiled: Whether blocks are compiled.
         grouped: Whether `speed_up` is used at all.
         reason: Why.
-        shape: What packed batches are padded to; None = as they come.
+        shape: What batches are padded to; None = as they come.
         splits: Whether audits run a backward of their own for each term, on a compiled graph.
         options: Of `torch.compile`.
     """
@@ -84,7 +84,7 @@ class SpeedChoice:
 
         if self.splits:
             return "an audited update runs one backward a term, a replayed forward has one in all"
-        if self.shape is None:
+        if self.shape is None or self.shape.multiple:
             return "rows are not packed: batches have many shapes"
         config: Any = adapted.model.config
         if unseeded_dropout(config):
@@ -128,7 +128,7 @@ def choose_speed(
     return SpeedChoice(
         True, True, reason, shape,
         splits=len(prepared.terms) > 1 and config.audit.every_n_steps > 0,
-        options={**({} if shape is None else {"dynamic": False}), **COMPILE_OPTIONS},
+        options={**({"dynamic": False} if shape and not shape.multiple else {}), **COMPILE_OPTIONS},
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from glasstune.core.errors import InputError
 from glasstune.models.families import bloom, bloom_flex, documents, flex
 from glasstune.models.families.masks import additive, block_mask
-from glasstune.models.families.table import Family, family_of
+from glasstune.models.families.table import Family, family_of, is_builtin
 
 _PROBE = (0, 5, 10)
 # Two blocks of flex_attention with borders inside them: shorter rows take another kernel.
@@ -71,7 +71,8 @@ def packing_kwargs(
     if config._attn_implementation == documents.NAME:
         return {"attention_mask": None, documents.BOUNDS_KEYWORD: bounds}
     if config._attn_implementation in (flex.NAME, flex.CAPPED_NAME):
-        capped = config._attn_implementation == flex.CAPPED_NAME
+        alibi = family is not None and family.positions == "alibi"
+        capped = alibi or config._attn_implementation == flex.CAPPED_NAME
         window = getattr(config, "sliding_window", None)
         blocks = flex.packed_blocks(bounds, device, window=window, capped=capped)
         return {"attention_mask": flex.no_mask(device), flex.BLOCKS_KEYWORD: blocks}
@@ -82,6 +83,21 @@ def packing_kwargs(
         plain = family.packing == "blocks" and config._attn_implementation == "sdpa"
         return {"attention_mask": allowed if plain else additive(allowed)}
     return {"attention_mask": None}
+
+
+def padded_kwargs(model: nn.Module, attention_mask: Tensor) -> dict[str, Any]:
+    """Returns what a forward of rows that are not packed needs beside `input_ids`.
+
+    Padding stands at the end of a row, where no token of a causal model looks: a mask would change
+    nothing that counts, attention with one is slower, and transformers waits for the device to
+    read it. Code that came with a checkpoint gets it: nothing is known of it.
+
+    Args:
+        model: A causal language model, bare or with adapters around it.
+        attention_mask: int64 [R, L]; 1 on tokens, then 0.
+    """
+    config: Any = model.config
+    return {"attention_mask": None if is_builtin(config) else attention_mask}
 
 
 def _install(model: PreTrainedModel, family: Family, compiled: bool) -> str:

@@ -37,6 +37,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "baichuan": Family("documents"),
     "bloom": Family("bloom", "alibi"),
     "cohere": Family("documents"),
     "cohere2": Family("documents"),
@@ -67,6 +68,9 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family("documents"),
 }
 
+_WITH_ALIBI = {"baichuan": Family("documents", "alibi")}
+"""Families that have a second kind of positions, where their config says `alibi`."""
+
 
 def family_of(config: Any) -> Family | None:
     """Returns the facts of a config's architecture, or None where nothing is proven.
@@ -74,14 +78,17 @@ def family_of(config: Any) -> Family | None:
     A config that contradicts its family's entry (a Falcon with ALiBi, code that came with the
     checkpoint) counts as unknown.
     """
-    if getattr(config, "auto_map", None) and not _is_builtin(config):
+    if getattr(config, "auto_map", None) and not is_builtin(config):
         return None
-    family = FAMILIES.get(str(getattr(config, "model_type", "")))
+    kind = str(getattr(config, "model_type", ""))
+    family = FAMILIES.get(kind)
+    if getattr(config, "alibi", False) and kind in _WITH_ALIBI:
+        return _WITH_ALIBI[kind]
     if family is not None and family.positions != "alibi" and getattr(config, "alibi", False):
         return None
     return family
 
 
-def _is_builtin(config: Any) -> bool:
-    """Whether the config's class is transformers' own, so its modelling code is too."""
-    return type(config).__module__.startswith("transformers.models.")
+def is_builtin(config: Any) -> bool:
+    """Whether the config's class is transformers' own or ours, so its modelling code is too."""
+    return type(config).__module__.startswith(("transformers.models.", "glasstune."))
