@@ -226,3 +226,27 @@ def test_an_input_changed_between_members_is_not_taken_for_the_same() -> None:
         with plain(model):
             right = attention.k_proj(x)
     assert (got - right).abs().max() < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler, of its own parts
+def test_an_attention_that_makes_every_score_is_replaced_and_given_back(monkeypatch):
+    """On a GPU alone; here the kernel's own check is told that it is one."""
+    from glasstune.fast import compile
+    from glasstune.models.families import flex
+    from glasstune.models.families.install import attention_installed, install_attention
+
+    monkeypatch.setattr(flex, "why_not", lambda *_: None)
+    monkeypatch.setattr(compile, "_missing_compiler", lambda _: None)
+    model = tiny("bloom")
+    report = speed_up(model, compile=True)
+    assert attention_installed(model)
+    assert "ALiBi" in report.choices.get("model.attention")
+    report.undo()
+    assert not attention_installed(model)
+    # Who had it before keeps it.
+    install_attention(model)
+    report = speed_up(model, compile=True)
+    assert report.choices.get("model.attention") is None
+    report.undo()
+    assert attention_installed(model)
+    assert not attention_installed(tiny("llama"))

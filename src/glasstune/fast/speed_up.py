@@ -20,6 +20,11 @@ from glasstune.fast.group import Group
 from glasstune.fast.groups import WATCHED, make_groups
 from glasstune.fast.members import attach, forget
 from glasstune.fast.report import SpeedReport
+from glasstune.models.families.install import (
+    attention_installed,
+    install_attention,
+    uninstall_attention,
+)
 from glasstune.models.packed import is_four_bit
 from glasstune.models.quantization import guard_cpu_4bit
 
@@ -39,9 +44,9 @@ def speed_up(
     """Speeds up a model with LoRA layers, in place; its module tree stays PEFT's.
 
     Layers that take the same input are computed as one product with LoRA inside, and each decoder
-    block is compiled. What cannot be (dropout in training, DoRA, several adapters, ...) is
-    computed as before and said in the report. Merging, switching off, loading, another adapter,
-    `.to()` and saving work as ever.
+    block is compiled; on a GPU BLOOM's attention, which makes every score, becomes a kernel. What
+    cannot be (dropout in training, DoRA, several adapters, ...) is computed as before and said in
+    the report. Merging, switching off, loading, another adapter, `.to()` and saving work as ever.
 
     Until `undo`, weights of a 16-bit base are views into larger tensors, except in a state dict,
     where they are contiguous. An adapter that is written through `.data` between two forwards
@@ -92,6 +97,7 @@ def speed_up(
         blocks = find_blocks(model, adapted)
         both = {**blocks, **find_norms(model, blocks)}
         _prepare_compiler(model, memory_budget, choices, restore)
+        _replace_attention(model, choices, restore)
         done = compile_regions(both, groups, dict(compile_options or {}))
         regions = {path: both[path] for path in done}
     modules = _modules(adapted, groups, refused, how, regions, why)
@@ -154,6 +160,25 @@ def _prepare_compiler(
             "model.use_cache", False, "a cache of keys and values would keep blocks uncompiled"
         )
         restore.append(lambda: setattr(config, "use_cache", True))
+
+
+def _replace_attention(
+    model: nn.Module, choices: Choices, restore: list[Callable[[], object]]
+) -> None:
+    """Replaces an attention that is far slower than ours, as training does; `restore` undoes it."""
+    if attention_installed(model):
+        return  # by training, or by the user
+    how = install_attention(model)
+    if how is not None:
+        choices.record("model.attention", how, "the model's own makes every score")
+        again = ref(model)  # a report must not keep its model alive
+
+        def undo() -> None:
+            alive = again()
+            if alive is not None:
+                uninstall_attention(alive)
+
+        restore.append(undo)
 
 
 def _modules(

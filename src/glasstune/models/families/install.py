@@ -133,7 +133,7 @@ def _install(model: PreTrainedModel, family: Family, compiled: bool) -> str:
     return _with_reason("4-D mask from positions", model, instead)
 
 
-def install_attention(model: PreTrainedModel) -> str | None:
+def install_attention(model: nn.Module) -> str | None:
     """Replaces the attention of a model whose rows are not packed, where ours is far faster.
 
     That is BLOOM on a GPU, whose own attention makes every score; other families run torch's
@@ -145,14 +145,19 @@ def install_attention(model: PreTrainedModel) -> str | None:
     Returns:
         What was done, in words, or None.
     """
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
     family = family_of(config)
     if family is None or family.packing != "bloom":
         return None
-    if flex.why_not(config, model.device) is not None:
+    if flex.why_not(config, next(model.parameters()).device) is not None:
         return None
     bloom_flex.install(model)
     return "flex_attention with ALiBi"
+
+
+def attention_installed(model: nn.Module) -> bool:
+    """Whether the model's attention is one that `install_attention` puts there."""
+    return bloom_flex.installed(model)
 
 
 def uninstall_attention(model: nn.Module) -> None:
