@@ -11,6 +11,7 @@ from speeding import IDS, furthest, gradients, tiny
 from torch import nn
 
 from glasstune.audit.gradient_audit import GradientAudit
+from glasstune.core.choices import Choices
 from glasstune.fast.groups import shared_inputs
 from glasstune.fast.speed_up import plain, speed_up
 
@@ -237,16 +238,17 @@ def test_an_attention_that_makes_every_score_is_replaced_and_given_back(monkeypa
 
     monkeypatch.setattr(flex, "why_not", lambda *_: None)
     monkeypatch.setattr(compile, "_missing_compiler", lambda _: None)
-    model = tiny("bloom")
-    report = speed_up(model, compile=True)
+    model, choices = tiny("bloom"), Choices()
+    report = speed_up(model, compile=True, choices=choices)
     assert attention_installed(model)
-    assert "ALiBi" in report.choices.get("model.attention")
+    assert "ALiBi" in choices.get("model.attention").value
     report.undo()
     assert not attention_installed(model)
     # Who had it before keeps it.
     install_attention(model)
-    report = speed_up(model, compile=True)
-    assert report.choices.get("model.attention") is None
+    choices = Choices()
+    report = speed_up(model, compile=True, choices=choices)
+    assert choices.get("model.attention") is None
     report.undo()
     assert attention_installed(model)
     assert not attention_installed(tiny("llama"))
