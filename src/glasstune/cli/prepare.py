@@ -37,11 +37,12 @@ def init(
         typer.Option("--output", "-o", metavar="config.yaml", help="Where it goes; else stdout."),
     ] = None,
     from_file: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Translate a LLaMA-Factory or Axolotl YAML, or a fine-tune.py command line.",
+            help="Translate a LLaMA-Factory or Axolotl YAML, or a fine-tune.py command line: a "
+            "file, the command itself in quotes, or - for standard input.",
         ),
     ] = None,
     trust_remote_code: Annotated[

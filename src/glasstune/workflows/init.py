@@ -51,7 +51,7 @@ def init(
     data: str | None,
     *,
     output: Path | None = None,
-    from_file: Path | None = None,
+    from_file: Path | str | None = None,
     trust_remote_code: bool = False,
 ) -> InitResult:
     """Writes a short commented config.
@@ -60,7 +60,8 @@ def init(
         model: Hub id, folder or GGUF file; may come from `from_file`.
         data: File, glob or hub id; may come from `from_file`.
         output: Where the config goes; it must not exist.
-        from_file: A LLaMA-Factory or Axolotl YAML, or a command line, to translate.
+        from_file: What to translate: a file with a LLaMA-Factory or Axolotl YAML or a command
+            line, `-` for standard input, or a command line itself.
         trust_remote_code: Whether Python code of the checkpoint may run.
 
     Raises:
@@ -201,10 +202,10 @@ def _run_name(model: str, data: str) -> str:
     return "runs/" + "-".join(stems).lower().replace(" ", "-")
 
 
-def _translated(path: Path, model: str | None, data: str | None) -> InitResult:
-    from glasstune.workflows.translate import translate_file
+def _translated(source: Path | str, model: str | None, data: str | None) -> InitResult:
+    from glasstune.workflows.translate import translate_text
 
-    found = translate_file(path)
+    found = translate_text(str(source))
     values = found.values
     if model is not None:
         values.setdefault("model", {})["path"] = model
@@ -215,16 +216,22 @@ def _translated(path: Path, model: str | None, data: str | None) -> InitResult:
         if key not in values.setdefault(section, {}):
             values[section][key] = word if key == "path" else [{"path": word}]
             lost.append(f"{section}.{key} is not given: replace {word}")
-    lines = [f"# Translated from {path.name} ({found.kind})."]
-    lines += [f"# {note}" for note in found.notes if not _same_name(note)]
+    said = f"{Path(found.name).name} ({found.kind})" if found.name else f"a {found.kind}"
+    lines = [f"# Translated from {said}."]
+    lines += [_comment("", note) for note in found.notes if not _same_name(note)]
     if lost:
-        lines.append("# Without a counterpart:")
-        lines += [f"#   {text}" for text in lost]
+        lines.append("# Without a counterpart, or to be looked at:")
+        lines += [_comment("  ", text) for text in lost]
     for section in ("model", "adapter", "data", "losses", "training", "audit"):
         if values.get(section):
             lines += _section(section, values[section])
     text = "\n".join(lines) + "\n"
     return InitResult(text, [*found.notes, *(f"no counterpart: {text}" for text in lost)], lost)
+
+
+def _comment(indent: str, text: str) -> str:
+    """A line of its own, whatever the user's values in the text hold."""
+    return f"# {indent}{' '.join(text.split())}"
 
 
 def _same_name(note: str) -> bool:

@@ -1,41 +1,47 @@
 """Translates a LLaMA-Factory or Axolotl YAML, or a training script's command line, to a config.
 
-Names come from the one table in `core/config_names.py`; here is only what reading such files
-needs beyond it: command-line words, LLaMA-Factory's `dataset_info.json`, and the adapter that
-Baichuan2's `fine-tune.py` builds in its code.
+Names come from the one table in `core/config_names.py`, values of `Trainer`'s options from
+`translate_trainer.py`; here is only what reading such files needs beyond them: LLaMA-Factory's
+`dataset_info.json`, and what Baichuan2's `fine-tune.py` holds in its code.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
-import re
-import shlex
-from dataclasses import dataclass, field
+import sys
 from pathlib import Path
 from typing import Any
 
 from glasstune.core.config_build import Source, build
 from glasstune.core.config_fields import known_keys
-from glasstune.core.config_names import translate
+from glasstune.core.config_names import FLAT, FOREIGN, translate
 from glasstune.core.errors import InputError
-from glasstune.core.yaml_text import YamlDocument, parse_yaml, plain_value
+from glasstune.core.yaml_text import YamlDocument, parse_yaml
+from glasstune.workflows.translate_command import Command, looks_like_command, read_command
+from glasstune.workflows.translate_deepspeed import apply_deepspeed
+from glasstune.workflows.translate_launch import apply_launcher, rows_of_update
+from glasstune.workflows.translate_trainer import OPTIONS, TRAINER, Translated, fill, settle
 
 
-@dataclass(slots=True)
-class Translated:
-    """What became of a foreign file.
+def translate_text(text: str) -> Translated:
+    """Translates what `--from` names: a file, `-` for standard input, or a command line itself.
 
-    Args:
-        values: Nested mapping of our own keys.
-        notes: What was translated, one sentence a name.
-        lost: Names without a counterpart, or that ask for what Glasstune does not do.
-        kind: What the file was.
+    Raises:
+        InputError: As `translate_file`.
     """
+    if text == "-":
+        return translate_read(sys.stdin.read(), "standard input", Path("."))
+    if looks_like_command(text) and not _is_file(text):
+        return translate_read(text, "--from", Path("."))
+    return translate_file(Path(text))
 
-    values: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    kind: str = ""
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # longer than any path
+        return False
 
 
 def translate_file(path: Path) -> Translated:
@@ -51,126 +57,102 @@ def translate_file(path: Path) -> Translated:
         raise InputError(
             "from_unreadable", f"cannot be read: {reason}", where=str(path), fix="give a text file"
         ) from None
-    words = _command_words(text)
-    if words is not None:
-        given, script = read_options(words)
-        result = _translate(given, YamlDocument(given, str(path)))
-        result.kind = f"command line of {script}" if script else "command line"
-        _fill(result, _TRAINER)
-        if script.replace("_", "-") == "fine-tune.py":
-            _baichuan2(given, result)
-        return result
-    document = parse_yaml(text, str(path))
+    result = translate_read(text, str(path), path.parent)
+    result.name = str(path)
+    return result
+
+
+def translate_read(text: str, name: str, folder: Path) -> Translated:
+    """Translates a text of either form.
+
+    Args:
+        text: A YAML file's or a shell script's content, or a command line.
+        name: For messages.
+        folder: Where files that it names are looked for, beside the current folder.
+
+    Raises:
+        InputError: It is neither form, or contradicts itself.
+    """
+    command = read_command(text, name)
+    if command is not None:
+        return _translate_command(command, name, folder)
+    document = parse_yaml(text, name)
     if not isinstance(document.value, dict):
         raise InputError(
             "from_unknown",
             "neither a YAML file with keys nor a command line with --options",
-            where=str(path),
-            fix="give a LLaMA-Factory or Axolotl YAML, or a file with a fine-tune.py command",
+            where=name,
+            fix="give a LLaMA-Factory or Axolotl YAML, or a fine-tune.py command (or its file)",
         )
-    given = document.value
+    given = dict(document.value)
     if isinstance(given.get("model"), dict) and isinstance(given.get("data"), dict):
         raise InputError(
             "from_own",
             "this is a configuration of Glasstune already",
-            where=str(path),
-            fix=f"glasstune train {path}",
+            where=name,
+            fix=f"glasstune train {name}",
         )
     axolotl = {"base_model", "datasets", "micro_batch_size", "sequence_len"} & set(given)
-    kind = "Axolotl YAML" if axolotl else "LLaMA-Factory YAML"
-    lost: list[str] = []
+    result = Translated(kind="Axolotl YAML" if axolotl else "LLaMA-Factory YAML")
     if not axolotl:
-        given = _named_data_sets(given, path, lost)
-    result = _translate(given, document)
-    result.kind = kind
-    result.lost[:0] = lost
+        given = _named_data_sets(given, folder, result.lost)
+    if given.get("deepspeed"):
+        apply_deepspeed(given, given.pop("deepspeed"), (Path("."), folder), result)
+    _translate(settle(given, result), document, result)
     if axolotl:
-        _fill(result, {"data.packing": False})
+        fill(result, {"data.packing": False})
     else:
         rank = result.values.get("adapter", {}).get("r", 8)
-        _fill(result, {**_TRAINER, **_FACTORY, "adapter.lora_alpha": 2 * rank})
+        fill(result, {**TRAINER, **_FACTORY, "adapter.lora_alpha": 2 * rank})
     return result
 
 
-_TRAINER = {
-    "training.learning_rate": 5e-5,
-    "training.lr_scheduler_type": "linear",
-    "training.warmup_steps": 0,
-    "training.per_device_train_batch_size": 8,
-    "training.gradient_accumulation_steps": 1,
-    "data.packing": False,
-}
-"""What transformers' Trainer does where nothing is said, and differs from our defaults."""
+def _translate_command(command: Command, name: str, folder: Path) -> Translated:
+    result = Translated(notes=command.notes, lost=command.lost)
+    given = _full_names(command.options, result)
+    result.kind = f"command line of {command.script}" if command.script else "command line"
+    baichuan = command.script.replace("_", "-") == "fine-tune.py"
+    if baichuan and given.get("use_lora") is not True:
+        raise _full_fine_tuning(name)
+    number = apply_launcher(command, given, result)
+    asked = given.pop("deepspeed", None)
+    if asked is not None:
+        apply_deepspeed(given, asked, (Path("."), folder), result)
+    _translate(settle(given, result), YamlDocument(given, name), result)
+    if baichuan:
+        _baichuan2(given, result)
+    held_out = bool(result.values.get("data", {}).get("validation"))
+    fill(result, TRAINER | ({} if held_out else {"data.validation_split": 0.0}))
+    rows_of_update(result, number, given)
+    return result
+
 
 _FACTORY = {"adapter.r": 8, "data.max_length": 2048, "data.truncation": "cut"}
 
 
-def _fill(result: Translated, defaults: dict[str, Any]) -> None:
-    """Writes the other tool's defaults, so that the same updates are computed."""
-    filled = []
-    for key, value in defaults.items():
-        section, name = key.split(".")
-        if name not in result.values.setdefault(section, {}):
-            result.values[section][name] = value
-            filled.append(f"{key}: {str(value).lower() if isinstance(value, bool) else value}")
-    if filled:
-        result.notes.append(f"not given there, so its defaults: {', '.join(filled)}")
+def _full_names(options: dict[str, Any], result: Translated) -> dict[str, Any]:
+    """Completes shortened names as argparse does: where exactly one option starts so."""
+    names = {*FOREIGN, *FLAT, *OPTIONS, *_own_names()}
+    found = {}
+    for name, value in options.items():
+        longer = [known for known in names if known.startswith(name)]
+        if name not in names and len(longer) == 1:
+            result.notes.append(f"--{name} is short for --{longer[0]}")
+            name = longer[0]
+        found[name] = value
+    return found
 
 
-def _command_words(text: str) -> list[str] | None:
-    """Splits a shell script's command into words, or returns None where it is none."""
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    joined = re.sub(r"\\\s*(\n|$)", " ", "\n".join(lines))
-    if not re.search(r"(^|\s)--\w", joined):
-        return None
-    command = next(line for line in joined.splitlines() if re.search(r"(^|\s)--\w", line))
-    try:
-        return shlex.split(command)
-    except ValueError:
-        return command.split()
-
-
-def read_options(words: list[str]) -> tuple[dict[str, Any], str]:
-    """Reads `--name value` pairs as HfArgumentParser does.
-
-    Args:
-        words: The command's words.
-
-    Returns:
-        Names and values (a bare flag is True, several values a list), and the script's name.
-    """
-    scripts = [word for word in words if word.endswith(".py")]
-    script = Path(scripts[0]).name if scripts else ""
-    # Options before the script belong to the launcher (deepspeed, torchrun).
-    rest = words[words.index(scripts[0]) + 1 :] if scripts else words
-    found: dict[str, Any] = {}
-    name = ""
-    for word in rest:
-        if word.startswith("--"):
-            name, sign, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            found[name] = _word(value) if sign else True
-        elif name:
-            value = _word(word)
-            if found[name] is True:
-                found[name] = value
-            else:
-                before = found[name]
-                found[name] = [*before, value] if isinstance(before, list) else [before, value]
-    return found, script
-
-
-def _word(text: str) -> Any:
-    return {"True": True, "False": False, "None": None}.get(text, plain_value(text))
-
-
-def _translate(given: dict[str, Any], document: YamlDocument) -> Translated:
-    result = Translated()
-    own = {
+def _own_names() -> dict[str, str]:
+    return {
         key.removeprefix("training."): key
         for key in known_keys()
         if key.startswith("training.") and key.count(".") == 1
     }
+
+
+def _translate(given: dict[str, Any], document: YamlDocument, result: Translated) -> None:
+    own = _own_names()
     kept: dict[str, Any] = {}
     for name, value in given.items():
         try:
@@ -180,44 +162,63 @@ def _translate(given: dict[str, Any], document: YamlDocument) -> Translated:
             continue
         if meaning is None and not (isinstance(value, dict) and name in known_keys()):
             if value is not None:
-                result.lost.append(f"{name}: {value} is not known here")
+                near = difflib.get_close_matches(name, [*FOREIGN, *FLAT, *OPTIONS, *own], n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                result.lost.append(f"{name}: {value} is not known here{hint}")
             continue
         kept[name] = value
     built = build(Source(kept, document), [])
     for note in dict.fromkeys(built.notes):
         (result.lost if "no counterpart" in note else result.notes).append(note)
     result.values = built.value
-    return result
+
+
+def _full_fine_tuning(name: str) -> InputError:
+    """Refused and not translated: a config would train something else than the command does."""
+    return InputError(
+        "full_fine_tuning",
+        "fine-tune.py without --use_lora True trains all weights of the model; Glasstune trains "
+        "LoRA adapters and has no counterpart of that",
+        where=name,
+        fix="add --use_lora True for that script's LoRA (r=1 on W_pack; a larger adapter.r learns "
+        "more), or train all weights with another tool",
+    )
+
+
+_SCRIPT = {
+    "model.path": "baichuan-inc/Baichuan2-7B-Base",
+    "model.dtype": "float32",
+    "adapter.r": 1,
+    "adapter.lora_alpha": 32,
+    "adapter.lora_dropout": 0.1,
+    "adapter.target_modules": ["W_pack"],
+    "data.max_length": 512,
+    "data.truncation": "cut",
+    "training.save_total_limit": None,
+}
+"""What Baichuan2's `fine-tune.py` holds in its code or takes by default."""
 
 
 def _baichuan2(given: dict[str, Any], result: Translated) -> None:
-    """Adds what Baichuan2's `fine-tune.py` holds in its code and not in its options."""
     for source in result.values.get("data", {}).get("sources", []):
         source["format"] = "baichuan2"
-    result.values.setdefault("model", {})["trust_remote_code"] = True
     result.notes.append(
-        "fine-tune.py: rows are read by its rule (format: baichuan2) and the model's own code runs"
+        "fine-tune.py: rows are read by its rule (format: baichuan2), cut at the longest length; "
+        "the checkpoint's own code is not run, Glasstune has this family itself"
     )
-    if given.get("use_lora") is True:
-        result.values["adapter"] = {
-            "r": 1,
-            "lora_alpha": 32,
-            "lora_dropout": 0.1,
-            "target_modules": ["W_pack"],
-        }
-        result.notes.append("fine-tune.py: its LoRA is r=1, alpha=32, dropout=0.1 on W_pack")
-    else:
-        result.lost.append(
-            "fine-tune.py without --use_lora True trains all weights; here LoRA is trained"
+    if given.get("bf16") is True:
+        result.notes.append(
+            "bf16: the frozen weights are stored in bfloat16, the adapter stays float32"
         )
+    fill(result, _SCRIPT, "fine-tune.py's own")
 
 
-def _named_data_sets(given: dict[str, Any], path: Path, lost: list[str]) -> dict[str, Any]:
+def _named_data_sets(given: dict[str, Any], beside: Path, lost: list[str]) -> dict[str, Any]:
     """Replaces names of LLaMA-Factory's `dataset_info.json` by the files that it lists."""
     if not isinstance(given.get("dataset"), (str, list)):
         return given
     folder = Path(str(given.get("dataset_dir") or "data"))
-    places = [folder, path.parent / folder, path.parent]
+    places = [folder, beside / folder, beside]
     info_file = next(
         (p / "dataset_info.json" for p in places if (p / "dataset_info.json").is_file()), None
     )
