@@ -32,7 +32,7 @@ def test_chunked_logits_equal_the_models(family):
 
 def test_which_heads_are_bare():
     bare = {family for family in SPECS if split_head(family_model(family)).bare}
-    behind_the_head = {"cohere", "cohere2", "granite", "gemma2"}
+    behind_the_head = {"baichuan", "cohere", "cohere2", "granite", "gemma2"}
     with_bias = {"gptj", "phi"}
     assert bare == set(SPECS) - behind_the_head - with_bias
 

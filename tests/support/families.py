@@ -25,6 +25,7 @@ _OLD = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128}
 
 # Windows are smaller than the documents of the tests.
 SPECS: dict[str, dict[str, Any]] = {
+    "baichuan": {"z_loss_weight": 0, "num_key_value_heads": None},
     "bloom": {"n_head": 4, "n_layer": 2},
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"sliding_window": 5, "sliding_window_pattern": 2, "logit_scale": 0.25},
@@ -63,6 +64,9 @@ def family_config(family: str, **overrides: Any) -> Any:
     """A 2-layer config of a family with 96 vocabulary entries."""
     from transformers import AutoConfig
 
+    from glasstune.models.families.native import register_native
+
+    register_native(family)
     options = {**_COMMON, **SPECS[family], **overrides}
     if options.get("head_dim") is None:
         options.pop("head_dim", None)

@@ -56,6 +56,7 @@ LIBRARY_OWNERS: dict[str, tuple[str, ...]] = {
     "pydantic": ("core",),
     "rich": ("reports",),
     "safetensors": ("core",),
+    "sentencepiece": ("models",),
     "tensorboard": ("reports",),
     "transformers": ("models", "data", "generation", "integrations"),
     "triton": ("kernels",),

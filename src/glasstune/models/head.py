@@ -69,7 +69,7 @@ class HeadSplit:
         """
         causal = causal_model(self._model)
         head: nn.Module = causal.get_output_embeddings()
-        return _after_head(causal.config, head(hidden))
+        return _after_head(causal, head(hidden))
 
     def full_logits(self, model: nn.Module, **inputs: Any) -> Tensor:
         """Runs the whole model as its forward is written, [R, L, V]: the road without a split."""
@@ -96,7 +96,7 @@ class HeadSplit:
             and not head.weight.requires_grad
             and not head._forward_hooks
             and not head._forward_pre_hooks
-            and not _has_post_function(causal.config)
+            and not _has_post_function(causal)
         )
 
 
@@ -140,15 +140,37 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _has_post_function(config: Any) -> bool:
-    text = _text_config(config)
+def fold_head(model: nn.Module) -> bool:
+    """Lets a head do itself what follows it, where that is a scale of its rows and it is frozen.
+
+    Call it when no adapter will be added any more. Another model passes unchanged.
+
+    Args:
+        model: A causal language model, plain or with adapters.
+
+    Returns:
+        Whether nothing but the head's product is left.
+    """
+    causal = causal_model(model)
+    if hasattr(causal, "fold_head"):
+        return bool(causal.fold_head())
+    return not _has_post_function(causal)
+
+
+def _has_post_function(causal: Any) -> bool:
+    if hasattr(causal, "bare_head"):
+        return not causal.bare_head()
+    text = _text_config(causal.config)
     kind = text.model_type
     capped = kind in _CAPPED and getattr(text, "final_logit_softcapping", None) is not None
     return kind in _MULTIPLIED or kind in _DIVIDED or capped
 
 
-def _after_head(config: Any, logits: Tensor) -> Tensor:
-    text = _text_config(config)
+def _after_head(causal: Any, logits: Tensor) -> Tensor:
+    if hasattr(causal, "after_head"):
+        own: Tensor = causal.after_head(logits)
+        return own
+    text = _text_config(causal.config)
     kind = text.model_type
     if kind in _MULTIPLIED:
         return logits * float(getattr(text, _MULTIPLIED[kind]))

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from glasstune.core.choices import Choices
 from glasstune.core.errors import InputError
+from glasstune.models.families.native import note_native, register_native
 from glasstune.models.fingerprint import model_fingerprint
 from glasstune.models.gguf import expand_gguf
 from glasstune.models.hub import hub_errors_explained
@@ -50,7 +51,8 @@ def resolve_model(
     Args:
         path: Hub id, folder, or GGUF file.
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
-        choices: Where the expansion of a GGUF file is noted.
+        choices: Where the expansion of a GGUF file is noted, and what a family of our own reads
+            out of a config.
 
     Raises:
         InputError: The path does not exist, is no model, is an adapter, needs code that is not
@@ -69,10 +71,14 @@ def resolve_model(
             )
         return _from_folder(path, folder, "gguf", trust_remote_code)
     if local.is_dir():
-        return _from_folder(path, local, "folder", trust_remote_code)
-    if looks_like_path(path):
+        resolved = _from_folder(path, local, "folder", trust_remote_code)
+    elif looks_like_path(path):
         raise missing_path(path, local)
-    return _from_hub(path, trust_remote_code)
+    else:
+        resolved = _from_hub(path, trust_remote_code)
+    if choices is not None:
+        note_native(resolved.config, choices)
+    return resolved
 
 
 def _from_folder(path: str, folder: Path, kind: Kind, trust: bool) -> ResolvedModel:
@@ -129,7 +135,7 @@ def check_architecture(content: dict[str, Any], where: str, trust: bool) -> None
         InputError: `remote_code_needed`, or `unknown_architecture`.
     """
     kind = content.get("model_type")
-    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+    if register_native(kind) or (isinstance(kind, str) and kind in CONFIG_MAPPING):
         return
     if content.get("auto_map"):
         if trust:

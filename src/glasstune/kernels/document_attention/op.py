@@ -35,6 +35,7 @@ def document_attention(
     scale: float | None = None,
     window: int | None = None,
     dropout: float = 0.0,
+    slopes_H: Tensor | None = None,
 ) -> Tensor:
     """Attends causally inside one document.
 
@@ -45,6 +46,7 @@ def document_attention(
         scale: Factor of the scores; None = 1/sqrt(D).
         window: A token sees itself and this many minus one before it; None = all.
         dropout: Probability on the attention weights.
+        slopes_H: ALiBi: float32 [H], times the (negative) distance is added to the scores.
 
     Returns:
         [T, H, D] in q's dtype.
@@ -53,11 +55,18 @@ def document_attention(
     if window is not None and length <= window:
         window = None
     short = length <= SHORT and q_HTD.dtype == torch.bfloat16 and q_HTD.device.type == "cpu"
-    if short and dropout == 0.0 and k_GTD.dtype == v_GTD.dtype == torch.bfloat16:
+    if (
+        short
+        and slopes_H is None
+        and dropout == 0.0
+        and k_GTD.dtype == v_GTD.dtype == torch.bfloat16
+    ):
         factor = 1 / math.sqrt(q_HTD.shape[2]) if scale is None else scale
         attended: Tensor = _Recomputed.apply(q_HTD, k_GTD, v_GTD, factor, window)  # type: ignore[no-untyped-call]
         return attended
     mask = None if window is None else allowed_keys(length, window, q_HTD.device)
+    if slopes_H is not None:
+        mask = _penalty(slopes_H, length, window, q_HTD.dtype)
     return (
         functional.scaled_dot_product_attention(
             q_HTD.unsqueeze(0),
@@ -72,6 +81,15 @@ def document_attention(
         .squeeze(0)
         .transpose(0, 1)
     )
+
+
+def _penalty(slopes_H: Tensor, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Returns what ALiBi adds to the scores, [1, H, T, T], minus infinity where no key is seen."""
+    position = torch.arange(length, device=slopes_H.device)
+    away_TT = position[None, :] - position[:, None]
+    hidden = ~allowed_keys(length, window, slopes_H.device)
+    added = (slopes_H[:, None, None] * away_TT).masked_fill(hidden, float("-inf"))
+    return added.to(dtype).unsqueeze(0)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -28,6 +28,8 @@ NAME = "glasstune_documents"
 
 BOUNDS_KEYWORD = "document_bounds"
 """Keyword of the model's forward: per row the cumulative ends of its documents, from 0 to L."""
+SLOPES_KEYWORD = "alibi_slopes"
+"""Keyword that a model with ALiBi hands down beside bounds or blocks: float32 [H]."""
 
 Bounds = tuple[tuple[int, ...], ...]
 
@@ -73,6 +75,7 @@ def documents_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     document_bounds: Bounds | None = None,
+    alibi_slopes: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attends causally inside each document; without bounds it is transformers' own sdpa.
@@ -87,6 +90,7 @@ def documents_attention(
         scaling: Factor of the scores; None = 1/sqrt(D).
         sliding_window: A token sees itself and this many minus one before it; None = all.
         document_bounds: Per row the cumulative ends of its documents, first 0, last L.
+        alibi_slopes: ALiBi inside each document, float32 [H]; without bounds it is in the mask.
         **kwargs: Whatever else transformers passes.
 
     Returns:
@@ -116,7 +120,15 @@ def documents_attention(
     ):
         sizes = [end - start for start, end in pairwise(row_bounds)]
         parts = [
-            document_attention(q, k, v, scale=scaling, window=sliding_window, dropout=dropout)
+            document_attention(
+                q,
+                k,
+                v,
+                scale=scaling,
+                window=sliding_window,
+                dropout=dropout,
+                slopes_H=alibi_slopes,
+            )
             for q, k, v in zip(
                 *(torch.split(x, sizes, dim=1) for x in (q_HLD, k_GLD, v_GLD)), strict=True
             )

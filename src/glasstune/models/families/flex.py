@@ -132,6 +132,7 @@ def flex_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     document_blocks: PackedBlocks | None = None,
+    alibi_slopes: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attends causally inside each document; without blocks it is transformers' own attention.
@@ -147,6 +148,7 @@ def flex_attention_forward(
         sliding_window: A token sees itself and this many minus one before it; None = all.
         softcap: Scores become cap * tanh(score / cap); None = as they are.
         document_blocks: From `packed_blocks`.
+        alibi_slopes: ALiBi inside each document, float32 [H]; without blocks it is in the mask.
         **kwargs: Whatever else transformers passes.
 
     Returns:
@@ -173,7 +175,7 @@ def flex_attention_forward(
     length = query.shape[2]
     narrow = sliding_window is not None and sliding_window < length
     blocks = document_blocks[1 if narrow else 0]
-    if blocks is None and not narrow and softcap is None:
+    if blocks is None and not narrow and softcap is None and alibi_slopes is None:
         causal: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True
         )
@@ -183,4 +185,7 @@ def flex_attention_forward(
     if dropout > 0:
         raise ValueError("flex_attention_forward has no dropout")
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    return flex_document_attention(query, key, value, blocks, scale=scale, softcap=softcap), None
+    attended = flex_document_attention(
+        query, key, value, blocks, scale=scale, softcap=softcap, slopes_H=alibi_slopes
+    )
+    return attended, None
