@@ -22,8 +22,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 COLUMNS = [
-    "model", "bits", "batch", "seq", "way", "budget", "recompute", "offload", "graph", "ms", "ms_min",
-    "tokens_per_second", "peak_gib", "floor_ms", "to_floor", "losses", "note", "card", "versions",
+    "model", "bits", "batch", "seq", "way", "budget", "recompute", "offload", "graph", "ms",
+    "ms_min", "tokens_per_second", "peak_gib", "floor_ms", "to_floor", "losses", "note", "card",
+    "versions",
 ]  # fmt: skip
 
 # Bare bf16 products of base and head with attention on an H100 80GB (torch 2.11), milliseconds.
