@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import SPECS, family_model
+from families import ALIBI, SPECS, family_model
 from tiny import save_tiny_model
 from torch import Tensor
 
@@ -71,7 +71,7 @@ def worst(one: list[list[Tensor]], other: list[list[Tensor]], first: int = 0) ->
     )
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", [*sorted(FAMILIES), ALIBI])
 def test_g05_packed_logits_equal_separate_logits(family):
     model = family_model(family)
     rows = make_documents(1)
@@ -138,7 +138,7 @@ def test_restarting_positions_without_bounds_are_refused():
         model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False)
 
 
-@pytest.mark.parametrize("family", sorted(SPECS))
+@pytest.mark.parametrize("family", [*sorted(SPECS), ALIBI])
 def test_rows_padded_at_their_end_need_no_mask(family):
     model = family_model(family)
     rows = make_documents(5)
@@ -177,7 +177,7 @@ def test_padded_batches_and_generation_are_untouched():
     assert torch.equal(again, told)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mistral", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mistral", "falcon", ALIBI])
 def test_g01_recomputed_layers_give_the_same_gradients(family):
     """Bounds are still there when non-reentrant checkpointing runs a layer again."""
 

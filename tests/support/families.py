@@ -60,8 +60,14 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 
 
+ALIBI = "baichuan alibi"
+"""A family's second kind of positions, for tests of attention: also a name that these take."""
+
+
 def family_config(family: str, **overrides: Any) -> Any:
     """A 2-layer config of a family with 96 vocabulary entries."""
+    if family == ALIBI:
+        family, overrides = "baichuan", {"alibi": True, **overrides}
     from transformers import AutoConfig
 
     from glasstune.models.families.native import register_native

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glasstune.core.choices import Choices
+
 # What follows the head, by model_type: transformers writes it inline in each forward.
 _MULTIPLIED = {"cohere": "logit_scale", "cohere2": "logit_scale"}
 _DIVIDED = {
@@ -140,21 +142,31 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def fold_head(model: nn.Module) -> bool:
+def fold_head(model: nn.Module, choices: Choices | None = None) -> bool:
     """Lets a head do itself what follows it, where that is a scale of its rows and it is frozen.
 
     Call it when no adapter will be added any more. Another model passes unchanged.
 
     Args:
         model: A causal language model, plain or with adapters.
+        choices: Where it is noted.
 
     Returns:
         Whether nothing but the head's product is left.
     """
     causal = causal_model(model)
-    if hasattr(causal, "fold_head"):
-        return bool(causal.fold_head())
-    return not _has_post_function(causal)
+    if not hasattr(causal, "fold_head"):
+        return not _has_post_function(causal)
+    before = causal.bare_head()
+    folded = bool(causal.fold_head())
+    if choices is not None and not (folded and before):
+        reason = (
+            "the head is frozen: its rows are scaled to length one once"
+            if folded
+            else "the head is trained: each logit is divided by the length of its row"
+        )
+        choices.record("model.folded_head", folded, reason)
+    return folded
 
 
 def _has_post_function(causal: Any) -> bool:

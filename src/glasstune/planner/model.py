@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from glasstune.adapters.overlay import moment_bytes
-from glasstune.models.head import HeadSplit
+from glasstune.models.head import HeadSplit, fold_head
 from glasstune.models.inspect.precision import precision_record
 from glasstune.models.inspect.source import ModelSource
 from glasstune.planner.graphs import compiled_bytes
@@ -86,6 +86,7 @@ class MemoryModel:
         )  # fmt: skip
         split = HeadSplit(self.shadow.model)
         split.proven = True
+        fold_head(self.shadow.model)
         self.bare_head = split.bare
         self.static = self._static()
         self._known: dict[Any, Activations] = {}

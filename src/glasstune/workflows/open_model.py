@@ -143,7 +143,7 @@ def open_model(
     from glasstune.adapters.inject import keep_activation_dtype, load_adapter_for_inference
     from glasstune.models.facts import model_facts
     from glasstune.models.families.install import install_packing
-    from glasstune.models.head import split_head
+    from glasstune.models.head import fold_head, split_head
     from glasstune.models.load import autocast_dtype, load_base
     from glasstune.models.resolve import resolve_model
 
@@ -165,6 +165,7 @@ def open_model(
         if dtype is not None:
             keep_activation_dtype(model)
         choices.record("adapter", str(location.adapter), "the one asked for")
+    fold_head(model, choices)
     model.eval()
     return OpenModel(
         location=location,
@@ -190,8 +191,8 @@ def say_warnings(opened: OpenModel, progress: Progress | None) -> None:
 
 
 def _tokenizer(location: Location, base: str, choices: Choices) -> tuple[Any, ChatTemplate]:
-    """Tokenizer and template: those saved with the adapter, else the base's."""
-    from glasstune.data.template import load_template, resolve_template
+    """Tokenizer and template: those saved with the adapter, else the base's (a merged one's)."""
+    from glasstune.data.template import load_template
     from glasstune.data.tokenizer import load_tokenizer
 
     trust = location.model.trust_remote_code
@@ -201,8 +202,7 @@ def _tokenizer(location: Location, base: str, choices: Choices) -> tuple[Any, Ch
         tokenizer = load_tokenizer(str(adapter), trust_remote_code=trust)
         return tokenizer, load_template(adapter, tokenizer)
     tokenizer = load_tokenizer(base, trust_remote_code=trust)
-    name = None if tokenizer.chat_template else "none"
-    return tokenizer, resolve_template(tokenizer, name, {})
+    return tokenizer, load_template(Path(base), tokenizer)
 
 
 def is_run(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from compiling import QUIET_COMPILER
-from families import family_model
+from families import ALIBI, family_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as torchs
@@ -48,10 +48,10 @@ OWN = {
     "gptj": {**OPTIONS, "n_embd": 64, "n_positions": 256},
     "opt": {**OPTIONS, "word_embed_proj_dim": 64},
 }
-USERS = [name for name, family in sorted(FAMILIES.items()) if family.packing != "blocks"]
+USERS = [name for name, family in sorted(FAMILIES.items()) if family.packing != "blocks"] + [ALIBI]
 SLOW = pytest.mark.slow(reason="the compiler takes 2 s a case")
 # One of each kind: plain, one window, windows by layer, soft cap, learned positions, ALiBi.
-FAST = {"llama", "mistral", "gemma3_text", "gemma2", "gpt2", "bloom"}
+FAST = {"llama", "mistral", "gemma3_text", "gemma2", "gpt2", "bloom", ALIBI}
 Rows = list[list[Tensor]]
 
 
@@ -157,7 +157,13 @@ def test_packed_equals_separate_forward_and_backward(family):
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "gemma2", "bloom", *(pytest.param(x, marks=SLOW) for x in ("gpt2", "mistral"))],
+    [
+        "llama",
+        "gemma2",
+        "bloom",
+        ALIBI,
+        *(pytest.param(x, marks=SLOW) for x in ("gpt2", "mistral")),
+    ],
 )
 def test_recomputed_layers_give_the_same_gradients(family):
     model = make(family)
@@ -188,7 +194,12 @@ OTHERS = [((70, 50), (131, 19)), ((1,), (150,)), ((20, 20, 20, 90), (3, 4, 5)), 
 
 @pytest.mark.parametrize(
     "family",
-    ["gemma3_text", "bloom", *(pytest.param(x, marks=SLOW) for x in ("llama", "gemma2", "gpt2"))],
+    [
+        "gemma3_text",
+        "bloom",
+        ALIBI,
+        *(pytest.param(x, marks=SLOW) for x in ("llama", "gemma2", "gpt2")),
+    ],
 )
 def test_other_documents_compile_nothing_again(family):
     torch._dynamo.reset()
@@ -231,6 +242,7 @@ def used(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> int:
         ("llama", 0),
         ("mistral", 2),
         ("bloom", 2),
+        (ALIBI, 2),
         pytest.param("gpt2", 0, marks=SLOW),
         pytest.param("qwen2", 1, marks=SLOW),
         pytest.param("gemma2", 2, marks=SLOW),
@@ -279,7 +291,7 @@ def test_restarting_positions_without_blocks_are_refused():
         model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom", ALIBI])
 @torch.no_grad()
 def test_generation_is_untouched(family):
     model = make(family)
@@ -295,13 +307,13 @@ def test_generation_is_untouched(family):
 def test_a_leak_is_seen_on_the_real_path(monkeypatch):
     monkeypatch.setattr(flex, "document_numbers", lambda bounds, device: torch.zeros(
         len(bounds), bounds[0][-1], dtype=torch.int32, device=device))  # fmt: skip
-    for family in ("llama", "bloom"):
+    for family in ("llama", "bloom", ALIBI):
         with pytest.raises(InputError, match="sees the one before it"):
             install_packing(make(family))
 
 
-# BLOOM, whose attention is replaced for rows that are not packed too.
-def bloom_calls(model: Any, masks: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+# ALiBi, whose attention is replaced for rows that are not packed too.
+def alibi_calls(model: Any, masks: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
     """Logits of real tokens under each mask, and their gradients."""
     ids = torch.stack([row[0] for row in make_documents(5, ((140,), (140,)))]).to(DEVICE)
     logits = []
@@ -312,21 +324,22 @@ def bloom_calls(model: Any, masks: list[Tensor | None]) -> tuple[list[Tensor], l
     return logits, gradients(model, logits)
 
 
-def test_bloom_unpacked_equals_transformers(monkeypatch):
+@pytest.mark.parametrize("family", ["bloom", ALIBI])
+def test_alibi_unpacked_equals_the_plain_attention(monkeypatch, family):
     masks = [None, torch.ones(2, 140), torch.ones(2, 140)]
     masks[1][0, :37] = 0  # left padding
     masks[2][1, 133:] = 0  # right padding
-    model = make("bloom")
-    logits, wanted = bloom_calls(model, masks)
+    model = make(family)
+    logits, wanted = alibi_calls(model, masks)
     words = install_attention(model)
     assert words is not None
     assert "ALiBi" in words
     found: list[Any] = []
-    assert used(monkeypatch, lambda: found.extend(bloom_calls(model, masks))) == 6
+    assert used(monkeypatch, lambda: found.extend(alibi_calls(model, masks))) == 6
     assert_close(found[0], logits, 2e-5)
     assert_close(found[1], wanted, 1e-4)
     uninstall_attention(model)
-    assert used(monkeypatch, lambda: found.extend(bloom_calls(model, masks))) == 0
+    assert used(monkeypatch, lambda: found.extend(alibi_calls(model, masks))) == 0
     assert all(torch.equal(a, b) for a, b in zip(found[2], logits, strict=True))
     assert install_attention(make("llama")) is None
 

@@ -101,6 +101,21 @@ def packed_blocks(
     )
 
 
+def unpacked_blocks(embeds_RLd: Tensor, mask_RL: Tensor | None) -> PackedBlocks:
+    """Returns the blocks of rows that are one document each; hidden tokens see each other.
+
+    Args:
+        embeds_RLd: What tells rows, length and device.
+        mask_RL: 1 on tokens, 0 on padding; None = no padding.
+    """
+    if mask_RL is None:
+        rows, length = embeds_RLd.shape[:2]
+        numbers_RL = torch.zeros(rows, length, dtype=torch.int32, device=embeds_RLd.device)
+    else:
+        numbers_RL = mask_RL.to(embeds_RLd.device).bool().int() - 1
+    return document_blocks(numbers_RL), None
+
+
 def document_numbers(bounds: Bounds, device: torch.device | str) -> Tensor:
     """Returns the number of each token's document in its row, int32 [R, L]."""
     numbers = np.zeros((len(bounds), bounds[0][-1]), dtype=np.int32)

@@ -136,8 +136,9 @@ def _install(model: PreTrainedModel, family: Family, compiled: bool) -> str:
 def install_attention(model: nn.Module) -> str | None:
     """Replaces the attention of a model whose rows are not packed, where ours is far faster.
 
-    That is BLOOM on a GPU, whose own attention makes every score; other families run torch's
-    causal kernel as they are. `install_packing` does it too.
+    That is ALiBi on a GPU: BLOOM's own attention makes every score, Baichuan's reads a penalty for
+    each from memory; other families run torch's causal kernel as they are. `install_packing` does
+    it too.
 
     Args:
         model: A causal language model, bare or with adapters around it.
@@ -147,22 +148,40 @@ def install_attention(model: nn.Module) -> str | None:
     """
     config: Any = getattr(model, "config", None)
     family = family_of(config)
-    if family is None or family.packing != "bloom":
+    if family is None or family.positions != "alibi":
         return None
     if flex.why_not(config, next(model.parameters()).device) is not None:
         return None
-    bloom_flex.install(model)
+    if family.packing == "bloom":
+        bloom_flex.install(model)
+    elif not _switch(model, "sdpa", flex.NAME):
+        return None
     return "flex_attention with ALiBi"
 
 
 def attention_installed(model: nn.Module) -> bool:
     """Whether the model's attention is one that `install_attention` puts there."""
-    return bloom_flex.installed(model)
+    config: Any = getattr(model, "config", None)
+    family = family_of(config)
+    ours = family is not None and family.positions == "alibi" and family.packing == "documents"
+    return bloom_flex.installed(model) or (ours and config._attn_implementation == flex.NAME)
 
 
 def uninstall_attention(model: nn.Module) -> None:
     """Takes back what `install_attention` did; another model passes unchanged."""
-    bloom_flex.uninstall(model)
+    if bloom_flex.installed(model):
+        bloom_flex.uninstall(model)
+    elif attention_installed(model):
+        _switch(model, flex.NAME, "sdpa")
+
+
+def _switch(model: Any, before: str, after: str) -> bool:
+    """Sets the attention by name where it is the one before; an attention chosen by name stays."""
+    if model.config._attn_implementation != before:
+        return False
+    flex.register()
+    model.set_attn_implementation(after)
+    return bool(model.config._attn_implementation == after)
 
 
 def _with_reason(how: str, model: PreTrainedModel, instead: str) -> str:

@@ -205,6 +205,12 @@ class BaichuanModel(BaichuanPreTrainedModel, LlamaModel):
         if any(kwargs.get(k) is not None for k in (documents.BOUNDS_KEYWORD, flex.BLOCKS_KEYWORD)):
             return mask, {documents.SLOPES_KEYWORD: slopes_H}
         past = kwargs.get(_CACHE)
+        flat = mask is None or mask.ndim == 2
+        if kind == flex.NAME and past is None and position_ids is None and flat:
+            return flex.no_mask(embeds_RLd.device), {
+                documents.SLOPES_KEYWORD: slopes_H,
+                flex.BLOCKS_KEYWORD: flex.unpacked_blocks(embeds_RLd, mask),
+            }
         seen = create_causal_mask(
             config=self.config, inputs_embeds=embeds_RLd, attention_mask=mask,
             position_ids=position_ids, **{_CACHE: past},
@@ -243,12 +249,13 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, LlamaForCausalLM):
         if not self.config.normalize_head:
             return super().forward(*args, labels=labels, return_dict=return_dict, **kwargs)
         out = super().forward(*args, return_dict=True, **kwargs)
-        out.logits = self.after_head(out.logits)
+        logits, loss = self.after_head(out.logits), None
         if labels is not None:
             rest = {key: value for key, value in kwargs.items() if key not in _FORWARD}
-            out.loss = self.loss_function(
-                logits=out.logits, labels=labels, vocab_size=self.config.vocab_size, **rest
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **rest
             )
+        out = type(out)(**{**out, "loss": loss, "logits": logits})
         whole = self.config.return_dict if return_dict is None else return_dict
         return out if whole else out.to_tuple()
 
