@@ -118,17 +118,19 @@ def default_system_prompt(template: ChatTemplate) -> str | None:
 
 
 def _own_tokens(ledger: Ledger, template: ChatTemplate, tally: Tally) -> None:
-    """Names added tokens of the data that neither the template nor the tokenizer's roles use.
+    """Names added tokens of the data that neither template, markers nor the tokenizer's roles use.
 
     Such tokens are most likely the user's own, with embedding rows that nobody has trained; LoRA
     on the linear layers leaves those rows as they are.
     """
     tokenizer = template.tokenizer
+    markers = template.markers.values() if template.kind == "baichuan2" else ()
     named = {str(value) for value in tokenizer.special_tokens_map.values()}
     used = [
         (token, index)
         for token, index in sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])
         if index in tally.added
+        and index not in markers
         and token not in named
         and not any(token in source for source in template.source)
     ]

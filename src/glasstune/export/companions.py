@@ -18,6 +18,10 @@ _TOKENIZER = (
     "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
     "glasstune_template.json",
 )  # fmt: skip
+_TEMPLATE = (
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "glasstune_template.json",
+)  # fmt: skip
 _PATTERNS = ("*.tiktoken", "additional_chat_templates/*.jinja")
 _BESIDE = (
     "preprocessor_config.json",
@@ -45,8 +49,14 @@ def write_companions(
     base = plan.job.folder
     write_json_atomic(folder / "config.json", output_config(plan))
     tokenizer = plan.job.adapter if _has_tokenizer(plan.job.adapter) else base
+    said = "the one saved with the adapter" if tokenizer != base else "the base's own"
+    if tokenizer != base and _has_tokenizer_code(base) and not _added_tokens(tokenizer):
+        # A server that runs the checkpoint's code wants the files which that code reads.
+        for pattern in _TEMPLATE:
+            _copy(tokenizer, folder, pattern)
+        tokenizer = base
+        said = "the base's own, whose class comes with its code; training added no token"
     if _has_tokenizer(tokenizer):
-        said = "the one saved with the adapter" if tokenizer != base else "the base's own"
         choices.record("tokenizer", str(tokenizer), said)
     for pattern in (*_TOKENIZER, *_PATTERNS):
         _copy(tokenizer, folder, pattern)
@@ -81,6 +91,26 @@ def output_config(plan: MergePlan) -> dict[str, Any]:
 
 def _has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
+
+
+def _has_tokenizer_code(folder: Path) -> bool:
+    """Whether the tokenizer's class is Python code beside the weights."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return False
+    content = json.loads(file.read_text(encoding="utf-8-sig"))
+    return "AutoTokenizer" in (content.get("auto_map") or {})
+
+
+def _added_tokens(folder: Path) -> list[str]:
+    """Returns the tokens of a saved tokenizer that stand behind its model's vocabulary."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return []
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    known = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
+    return [token["content"] for token in content["added_tokens"] if token["content"] not in known]
 
 
 def _copy(source: Path, target: Path, pattern: str) -> None:
