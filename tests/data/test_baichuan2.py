@@ -16,7 +16,7 @@ from glasstune.data.errors import RowError
 from glasstune.data.prepare import PreparedData, prepare_data
 from glasstune.data.template import resolve_template
 
-FACTS = ModelFacts("baichuan", 512, 4096, True, "tested")
+FACTS = ModelFacts("baichuan", 640, 4096, True, "tested")
 
 
 def published(tokenizer: Any, turns: Any, limit: int, user: int, bot: int) -> tuple[Any, Any]:
@@ -149,3 +149,44 @@ def test_cutting_is_the_default_and_is_said(rows_file: Path) -> None:
     assert any(finding.code == "cut" for finding in data.record.findings)
     dropped = prepare(rows_file, chat_tokenizer(None), max_length=40, truncation="drop")
     assert dropped.record.dropped["too_long"] > 0
+
+
+def test_its_own_tokenizer_gives_the_published_ids_and_labels(
+    real_data: Path, tmp_path: Path
+) -> None:
+    """All rows, by sentencepiece itself; and a prompt's ids are what precedes the answer."""
+    import sentencepiece
+    from baichuan import ASSISTANT, USER, save_tokenizer, sentencepiece_model
+
+    from glasstune.data.tokenizer import load_tokenizer
+    from glasstune.models.families.native import register_native
+
+    register_native("baichuan")
+    tokenizer = load_tokenizer(str(save_tokenizer(tmp_path)))
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    path = real_data / "conversations_zh.json"
+    data = prepare(path, tokenizer, max_length=4096, packing=False)
+    template = resolve_template(tokenizer, "baichuan2", {})
+    documents = iter(data.train.documents)
+    seen = 0
+    for row in json.loads(path.read_text(encoding="utf-8")):
+        ids: list[int] = []
+        labels: list[int] = []
+        asked: list[dict[str, Any]] = []
+        for turn in row["conversations"]:
+            text = pieces.encode(turn["value"])
+            human = turn["from"] == "human"
+            if not human:
+                assert encode_prompt(tokenizer, template, asked) == [*ids, ASSISTANT]
+            ids += [USER if human else ASSISTANT, *text]
+            labels += [2, *[-100] * len(text)] if human else [-100, *text]
+            asked.append({"role": "user" if human else "assistant", "content": turn["value"]})
+        ids, labels = [*ids, 2][:4096], [*labels, 2][:4096]
+        if all(label == -100 for label in labels[1:]):
+            continue
+        document = next(documents)
+        assert document.ids.tolist() == ids
+        assert document.labels.tolist() == labels
+        seen += 1
+    assert next(documents, None) is None
+    assert seen > 600
