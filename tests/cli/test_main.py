@@ -72,17 +72,6 @@ def test_what_is_not_built_says_so(name, capsys):
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        ["train", "c.yaml", "--nproc", "2"],
-    ],
-)
-def test_options_that_are_not_built_say_so(words, capsys):
-    assert cli.run(words) == 2
-    assert "not built yet" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
     ("words", "found"),
     [
         (["trian"], "train"),

@@ -86,7 +86,6 @@ def test_options_that_peft_would_pass_over_are_refused(
     ("section", "values", "where"),
     [
         ("training", {"compute": "bf16"}, "training.compute"),
-        ("training", {"distributed": {"timeout_seconds": 5}}, "training.distributed."),
         ("training", {"max_memory": "lots"}, "training.max_memory"),
         ("training", {"save_strategy": "epoch", "save_steps": 5}, "training.save_steps"),
     ],

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from glasstune.core.batch import MicroBatch
+    from glasstune.core.protocols import Exchange
 
 PARTNERS = (
     ("lora_A", "lora_B"),
@@ -81,6 +82,8 @@ class FirstStepGate:
             cannot, and a tensor without a gradient is then dead, not waited for.
         look: Runs the forwards of an update's micro-batches so that calls are seen. It is asked
             where calls are hidden and a tensor got no gradient.
+        exchange: The ranks that share each update: a module that ran on one of them has run, so
+            all come to one verdict.
     """
 
     def __init__(
@@ -91,7 +94,9 @@ class FirstStepGate:
         *,
         calls_seen: bool = True,
         look: Callable[[Sequence[MicroBatch]], None] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
+        self.exchange = exchange
         self.mode = mode
         self.calls_seen = calls_seen or look is not None
         self.look = None if calls_seen else look
@@ -164,6 +169,7 @@ class FirstStepGate:
                 state.finite &= value == value and value != float("inf")
                 state.nonzero |= value != 0
         self._look_at_hidden_calls(model, names)
+        self._share_calls()
         for name, state in self.states.items():
             state.in_optimizer = id(self.parameters[name]) in held
             partner = self._partner(name)
@@ -184,6 +190,15 @@ class FirstStepGate:
             for handle in handles:
                 handle.remove()
             self._batches = []
+
+    def _share_calls(self) -> None:
+        if self.exchange is None or self.exchange.size == 1:
+            return
+        mine = [name for name, state in self.states.items() if state.called_now]
+        for called, terms in self.exchange.gather((mine, self._terms)):
+            self._terms |= terms
+            for name in called:
+                self.states[name].called = self.states[name].called_now = True
 
     def _partner(self, name: str) -> str | None:
         for mine, other in PARTNERS:

@@ -16,6 +16,7 @@ from glasstune.audit.build import build_record
 from glasstune.audit.collect import take_terms, why_no_graph
 from glasstune.audit.gram import gram_matrix
 from glasstune.audit.peft_names import layer_of
+from glasstune.audit.ranks import join_ranks
 from glasstune.audit.report import AuditReport, unknown
 from glasstune.audit.session import Session
 from glasstune.audit.state import Watched
@@ -24,6 +25,8 @@ from glasstune.core.errors import InputError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+    from glasstune.core.protocols import Exchange
 
 Keep = Literal["gradients", "values"]
 
@@ -59,6 +62,8 @@ class GradientAudit:
         activations: Whether modules' outputs are watched for NaN and Inf.
         left_alone: Promise that nothing changes a `.grad` between the last backward and the end
             of the `with` (no clipping, no step): fewer passes over the gradients.
+        exchange: Other ranks that each compute a part of the update, and whose `.grad` were added
+            up before the end of the `with`; all of them leave it together.
 
     Raises:
         InputError: `no_parameters`, `no_match`, `unknown_keep`; on entering `audit_nested`.
@@ -75,8 +80,10 @@ class GradientAudit:
         frozen_values: bool = True,
         activations: bool = True,
         left_alone: bool = False,
+        exchange: Exchange | None = None,
     ) -> None:
         self.model = model
+        self._exchange = exchange
         self.optimizer = optimizer
         self.match = match
         self.step = step
@@ -160,7 +167,7 @@ class GradientAudit:
         self._marked = []
         self._open = False
         if error is None:
-            self._finish(self._session)
+            self._finish(self._session, self._exchange)
             return
         if isinstance(error, RuntimeError) and "does not require grad and does not" in str(error):
             why = why_no_graph(self._session)
@@ -170,8 +177,9 @@ class GradientAudit:
         except Exception as second:  # the caller's own error is the one to be seen
             error.add_note(f"the gradient audit failed too: {type(second).__name__}: {second}")
 
-    def _finish(self, session: Session) -> None:
+    def _finish(self, session: Session, exchange: Exchange | None = None) -> None:
         session.finish()
+        join_ranks(session, exchange)
         record = build_record(
             session,
             audited=self._audited,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from glasstune.core.batch import MicroBatch
+    from glasstune.core.protocols import Exchange
 
 FILE = "audit.jsonl"
 STRUCTURE_UPDATES = 2
@@ -54,6 +55,7 @@ class LiveAudit:
         log_every: Updates between rows of norms.
         total: Planned number of updates; the last one has a row of norms.
         attempt: 1 for the first start of the run, one more for each resume.
+        exchange: The ranks that share each update; the first of them writes.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class LiveAudit:
         log_every: int = 1,
         total: int = 0,
         attempt: int = 1,
+        exchange: Exchange | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
+        self.exchange = exchange
         self.path = folder / FILE
         self.every, self.log_every, self.total = every, log_every, total
         self.attempt = attempt
@@ -87,7 +91,9 @@ class LiveAudit:
         self._drop()
         self._norms = None
         if self._is_due(step) or (self.on and self._made < STRUCTURE_UPDATES):
-            self._update = UpdateAudit(self.model, self.optimizer, split=self._is_due(step))
+            self._update = UpdateAudit(
+                self.model, self.optimizer, split=self._is_due(step), exchange=self.exchange
+            )
             self._update.before_update(step)
 
     def _is_due(self, step: int) -> bool:
@@ -172,6 +178,8 @@ class LiveAudit:
             self._update.drop()
 
     def _write(self, event: str, content: Mapping[str, Any]) -> None:
+        if self.exchange is not None and self.exchange.rank:
+            return
         row = {"event": event, "attempt": self.attempt, **content}
         with disk_full_named(self.path):
             if self._file is None:

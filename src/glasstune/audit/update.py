@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from glasstune.core.batch import MicroBatch
+    from glasstune.core.protocols import Exchange
 
 
 class UpdateAudit:
@@ -34,6 +35,7 @@ class UpdateAudit:
         full: Watches every module's output for NaN and Inf, and summarises frozen weights.
         values: Keeps tensors as text.
         match: Glob of parameter names; None = all.
+        exchange: The ranks that share the update; all of them audit it.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class UpdateAudit:
         full: bool = False,
         values: bool = False,
         match: str | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.model, self.optimizer, self.match = model, optimizer, match
+        self.exchange = exchange
         self.split, self.always, self.full, self.values = split, always, full, values
         self.report: AuditReport | None = None
         self._audit: GradientAudit | None = None
@@ -73,6 +77,7 @@ class UpdateAudit:
             frozen_values=self.full,
             activations=self.full,
             left_alone=True,  # the loop clips and steps after `after_backward`
+            exchange=self.exchange,
         )
         self._audit.__enter__()
 
@@ -102,6 +107,9 @@ class UpdateAudit:
             return
         audit, self._audit = self._audit, None
         audit.__exit__(None, None, None)
+        if self.exchange is not None:  # a rank without rows was told no counts
+            for counts in self.exchange.gather(self._counts):
+                self._counts = {**counts, **self._counts}
         record = audit.report.record
         for term in record.terms:
             term.count = self._counts[term.name]

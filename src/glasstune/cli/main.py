@@ -28,6 +28,7 @@ from glasstune.cli import (  # noqa: F401 - they register commands
 from glasstune.cli.app import app
 from glasstune.cli.common import emit
 from glasstune.core.errors import GlasstuneError
+from glasstune.core.ranks import leave_exit_code
 
 INTERRUPTED = 130
 
@@ -37,7 +38,9 @@ def entry() -> None:
     # Before torch loads: OpenMP threads that wait give their core away soon, or one busy
     # neighbour makes a step several times slower (docs/LOG.md has the numbers).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    leave_exit_code(code)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -60,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
             return _fail(_error("interrupted", "interrupted"), INTERRUPTED, target)
         return code if isinstance(code, int) else 0
     except GlasstuneError as error:
-        return _fail(error.to_dict(), error.exit_code, target)
+        return _fail(error.to_dict(), error.exit_code, target, said=error.said)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(_error("interrupted", "interrupted"), INTERRUPTED, target)
     except BrokenPipeError:
@@ -118,17 +121,26 @@ def _usage(error: Exception) -> dict[str, str] | None:
     return _error("usage", message, fix=f"see {command} --help")
 
 
-def _fail(error: dict[str, str], code: int, target: str | None) -> int:
+def _fail(error: dict[str, str], code: int, target: str | None, *, said: bool = False) -> int:
     place = f"{error['where']}: " if error["where"] else ""
-    sys.stderr.write(f"error: {place}{error['message']}\n")
-    if error["fix"]:
-        sys.stderr.write(f"hint: {error['fix']}\n")
+    if not said:  # by another process of the same run
+        sys.stderr.write(f"error: {_who()}{place}{error['message']}\n")
+        if error["fix"]:
+            sys.stderr.write(f"hint: {error['fix']}\n")
     if error["code"] != "json_not_writable":
         _emit_failure(error, target)
     return code
 
 
+def _who() -> str:
+    """Names the process, where it is not the only or the first one of a run."""
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    return "" if rank == "0" else f"rank {rank}: "
+
+
 def _emit_failure(error: dict[str, str], target: str | None) -> None:
+    if _who():
+        return  # rank 0 writes
     try:
         emit({"ok": False, "error": error}, target)
     except Exception as problem:

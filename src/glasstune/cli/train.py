@@ -11,8 +11,9 @@ import typer
 from typer.core import TyperCommand
 
 from glasstune.cli.app import app
-from glasstune.cli.common import JsonOption, console, emit, not_built, progress
+from glasstune.cli.common import JsonOption, console, emit
 from glasstune.core.errors import InputError
+from glasstune.core.ranks import this_rank
 
 NEWEST = "newest"
 _CHECKPOINT = re.compile(r"step-?\d+|newest|last|best|latest")
@@ -62,21 +63,40 @@ def train(
         typer.Option("--dry-run", help="Check data and print the resolved config; train nothing."),
     ] = False,
     nproc: Annotated[
-        str | None, typer.Option(metavar="N|all", help="Number of devices (not built yet).")
+        str | None,
+        typer.Option(
+            metavar="N|all", help="Train with N processes, one a GPU, started by torchrun."
+        ),
     ] = None,
     json: JsonOption = None,
 ) -> None:
     """Train a LoRA adapter: from a config file, or with --model and --data alone."""
-    if nproc not in (None, "1"):
-        not_built("training on several devices (--nproc)", "leave --nproc out")
+    if nproc is not None:
+        from glasstune.workflows.ranks import device_count, launch
+
+        if (count := device_count(nproc)) > 1:
+            options = {"--model": model, "--data": data, "--resume": resume, "--json": json}
+            words = [f"{name}={value}" for name, value in options.items() if value is not None]
+            flags = {"--overwrite": overwrite, "--dry-run": dry_run}
+            words += [name for name, on in flags.items() if on]
+            raise typer.Exit(launch(count, [*(arguments or []), *words]))
     from glasstune.core.config_load import load_config
 
     path, overrides = split_arguments(arguments or [])
-    loaded = load_config(path, overrides, model=model, data=data)
-    bars = progress()
-    from glasstune.reports.terminal import say_notes
+    rank = this_rank()
+    try:
+        loaded = load_config(path, overrides, model=model, data=data)
+    except InputError as error:
+        if rank.count > 1:
+            from glasstune.workflows.ranks import fail_together
 
-    say_notes(loaded.notes, bars)
+            fail_together(error)
+        raise
+    from glasstune.reports.ranks import progress_of
+
+    bars = progress_of(rank.index, rank.logs)
+    for note in loaded.notes:
+        bars.say(f"note: {note}")
     from glasstune.workflows.train import train as train_workflow
 
     try:
@@ -90,6 +110,8 @@ def train(
         )
     finally:
         bars.close()
+    if rank.index:  # rank 0 says and writes it
+        raise typer.Exit(0 if record.ok else 1)
     from glasstune.reports.tables import print_record
 
     result = record.to_dict()

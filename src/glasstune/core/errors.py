@@ -14,9 +14,13 @@ class GlasstuneError(Exception):
         message: What was found, in one or two sentences.
         where: File and line, config key, row or tensor; empty where there is none.
         fix: What to do next.
+
+    Attributes:
+        said: Whether another process of the run says it, so that this one need not.
     """
 
     exit_code = 1
+    said = False
 
     def __init__(self, code: str, message: str, *, where: str = "", fix: str = "") -> None:
         super().__init__(message)

@@ -99,6 +99,24 @@ class StepAudit(StepHook, CountsTaker, Protocol):
         """Removes every hook and closes the file."""
 
 
+class Exchange(Protocol):
+    """The ranks that share an update, for who looks into it on one of them."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this process; 0 writes."""
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns every rank's value; all ranks call it."""
+
+    def sum_tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Adds tensors over all ranks; all call it with the same shapes and one dtype."""
+
+
 class MetricsWriter(Protocol):
     """A sink of metric events beside `metrics.jsonl` (TensorBoard, wandb, mlflow)."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from glasstune.core.batch import MicroBatch
 from glasstune.core.choices import Choices
 from glasstune.core.config import Config, TrainingConfig
-from glasstune.data.loader import batches
+from glasstune.data.loader import batches_at
 from glasstune.data.packing import PackedSet
 
 # Tokens of one forward while the memory plan is not asked. A 2-core CPU gained nothing beyond
@@ -38,6 +38,8 @@ class Schedule:
         micro: Rows of one forward.
         epochs: Passes, possibly with a fraction.
         max_steps: Upper bound on updates, or -1.
+        rank: This process.
+        ranks: Processes that share each update.
     """
 
     rows: int
@@ -45,6 +47,8 @@ class Schedule:
     micro: int
     epochs: float
     max_steps: int
+    rank: int = 0
+    ranks: int = 1
 
     def epoch_rows(self, epoch: int) -> int:
         """Rows of an epoch; the last one may be a fraction; 0 past the end."""
@@ -66,10 +70,27 @@ class Schedule:
         whole = int(self.epochs)
         return whole * self.updates_per_epoch + math.ceil(self.epoch_rows(whole) / self.batch)
 
+    @property
+    def share(self) -> int:
+        """Most rows of one update that one rank has."""
+        return math.ceil(self.batch / self.ranks)
+
     def micro_sizes(self, rows: int) -> list[int]:
-        """Splits the rows of one update into forwards."""
+        """Splits rows into forwards."""
         sizes = [self.micro] * (rows // self.micro)
         return [*sizes, rows % self.micro] if rows % self.micro else sizes
+
+    def part(self, rows: int) -> tuple[int, int]:
+        """Returns which rows of an update are this rank's: the first, and how many.
+
+        Parts differ by one row at most, the first ranks have the larger ones; a rank may have none.
+        """
+        each, more = divmod(rows, self.ranks)
+        return self.rank * each + min(self.rank, more), each + (self.rank < more)
+
+    def forwards(self, rows: int) -> int:
+        """Forwards of the rank that has most of an update."""
+        return len(self.micro_sizes(math.ceil(rows / self.ranks)))
 
     def update_sizes(self, epoch: int, position: int) -> list[int]:
         """Rows of each update left in an epoch from a position on."""
@@ -78,25 +99,47 @@ class Schedule:
         return [*sizes, left % self.batch] if left % self.batch else sizes
 
 
-def make_schedule(config: Config, data: PackedSet, device: str, choices: Choices) -> Schedule:
-    """Resolves batch sizes; what the user left open is chosen and recorded."""
+def make_schedule(
+    config: Config,
+    data: PackedSet,
+    device: str,
+    choices: Choices,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Schedule:
+    """Resolves batch sizes; what the user left open is chosen and recorded.
+
+    Args:
+        config: The run's; its batch size is filled in.
+        data: Training rows.
+        device: `cpu` or `cuda`.
+        choices: Where decisions are noted.
+        rank: This process.
+        ranks: Processes that share each update.
+    """
     training = config.training
     if not _BATCH_KEYS & training.model_fields_set:
         _fit_batch(training, data.rows, choices)
     batch = training.train_batch_size
+    share = math.ceil(batch / ranks)
     micro = training.per_device_train_batch_size
     if micro == "auto" and isinstance(training.gradient_accumulation_steps, int):
-        micro = math.ceil(batch / training.gradient_accumulation_steps)
+        micro = math.ceil(share / training.gradient_accumulation_steps)
     elif micro == "auto":
         fitting = max(1, TOKENS_PER_FORWARD[device] // data.max_length)
-        micro = math.ceil(batch / math.ceil(batch / fitting))  # as equal as they can be
+        micro = math.ceil(share / math.ceil(share / fitting))  # as equal as they can be
         choices.record(
             "training.per_device_train_batch_size",
             micro,
             f"about {TOKENS_PER_FORWARD[device]:,} tokens a forward on {device}, equal parts of "
-            f"train_batch_size {batch}; any split gives the same update",
+            f"train_batch_size {batch}"
+            + (f" on {ranks} ranks" if ranks > 1 else "")
+            + "; any split gives the same update",
         )
-    return Schedule(data.rows, batch, int(micro), training.num_train_epochs, training.max_steps)
+    return Schedule(
+        data.rows, batch, int(micro), training.num_train_epochs, training.max_steps, rank, ranks
+    )
 
 
 def _fit_batch(training: TrainingConfig, rows: int, choices: Choices) -> None:
@@ -138,17 +181,16 @@ class Update:
     Args:
         epoch: 0-based epoch.
         position: Position in the epoch after this update.
-        micro_batches: In order.
+        micro_batches: This rank's, in order.
+        rows: Rows of all ranks.
+        forwards: Forwards of the rank that has most.
     """
 
     epoch: int
     position: int
     micro_batches: Sequence[MicroBatch]
-
-    @property
-    def rows(self) -> int:
-        """Rows in it."""
-        return sum(len(batch.bounds) for batch in self.micro_batches)
+    rows: int
+    forwards: int
 
 
 def updates(
@@ -163,10 +205,21 @@ def updates(
     """Yields updates from (epoch, position) on, across epoch borders, until rows run out."""
     while schedule.epoch_rows(epoch) > 0:
         sizes = schedule.update_sizes(epoch, position)
-        micro = [size for update in sizes for size in schedule.micro_sizes(update)]
-        stream = batches(data, seed, epoch, position, micro, workers, pad_id)
+        places = _places(schedule, epoch, position)
+        stream = batches_at(data, seed, epoch, places, workers, pad_id)
         for size in sizes:
-            group = [next(stream) for _ in schedule.micro_sizes(size)]
+            group = [next(stream) for _ in schedule.micro_sizes(schedule.part(size)[1])]
             position += size
-            yield Update(epoch, position, group)
+            yield Update(epoch, position, group, size, schedule.forwards(size))
         epoch, position = epoch + 1, 0
+
+
+def _places(schedule: Schedule, epoch: int, position: int) -> Iterator[tuple[int, int]]:
+    """Position and rows of each of this rank's forwards, to the end of an epoch."""
+    for size in schedule.update_sizes(epoch, position):
+        first, count = schedule.part(size)
+        place = position + first
+        for rows in schedule.micro_sizes(count):
+            yield place, rows
+            place += rows
+        position += size

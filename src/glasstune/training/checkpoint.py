@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from glasstune.adapters.state import restore_state
 from glasstune.core.errors import InputError, RunError
@@ -31,6 +32,7 @@ from glasstune.core.files import (
     sha256_file,
 )
 from glasstune.core.tensors import load_tensors
+from glasstune.training.distributed import World
 from glasstune.training.rng import random_state, restore_random_state
 
 FORMAT = 1
@@ -317,6 +319,40 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(saved)
     restore_random_state(torch.load(folder / RANDOM, map_location="cpu", weights_only=True))
+
+
+def share_state(
+    world: World, state: LoopState, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> LoopState:
+    """Gives every rank what rank 0 begins or goes on with.
+
+    Args:
+        world: The ranks; all of them call this.
+        state: Rank 0's counts.
+        parameters: Trained tensors; those of the other ranks are overwritten.
+        optimizer: Over them.
+
+    Returns:
+        Rank 0's state, on every rank.
+    """
+    if world.size == 1:
+        return state
+    world.share_parameters(list(parameters.values()))
+    content = None
+    if world.writes:
+        moments = None if state.step == 0 else _on_cpu(optimizer.state_dict())
+        content = {"loop": asdict(state), "optimizer": moments, "random": random_state()}
+    given = world.broadcast(content)
+    if not world.writes:
+        if given["optimizer"] is not None:
+            optimizer.load_state_dict(given["optimizer"])
+        restore_random_state(given["random"])
+    return LoopState(**given["loop"])
+
+
+def _on_cpu(value: Any) -> Any:
+    """A state dict whose tensors another process can read."""
+    return tree_map(lambda part: part.cpu() if isinstance(part, torch.Tensor) else part, value)
 
 
 def forget_lost_best(root: Path, state: LoopState) -> str:

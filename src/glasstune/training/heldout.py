@@ -12,6 +12,7 @@ from glasstune.core.protocols import Progress
 from glasstune.data.loader import evaluation_batches
 from glasstune.data.packing import PackedSet
 from glasstune.kernels.linear_cross_entropy import token_losses
+from glasstune.training.distributed import ALONE, World
 from glasstune.training.inputs import to_device
 from glasstune.training.step import AdaptedModel
 
@@ -24,11 +25,13 @@ def heldout_loss(
     pad_id: int,
     progress: Progress,
     check: Callable[[], None],
+    world: World = ALONE,
 ) -> tuple[float, int]:
     """Sum of token losses over trained tokens of the whole set.
 
-    Memory does not depend on the number of rows: only two numbers are kept. Random states are
-    left as they were.
+    Batches are divided over the ranks and their sums added in the order of the batches, so any
+    number of ranks gives the same bits. One number a batch is kept. Random states are left as they
+    were.
 
     Args:
         adapted: The model; its train/eval mode is restored.
@@ -37,6 +40,7 @@ def heldout_loss(
         pad_id: Padding token.
         progress: Shows a bar.
         check: Called between batches; may raise to interrupt.
+        world: The ranks of the run.
 
     Returns:
         (mean loss in nats, number of trained tokens).
@@ -48,24 +52,35 @@ def heldout_loss(
     was_training = adapted.model.training
     adapted.model.eval()
     progress.start(task, data.rows, "rows")
-    total = torch.zeros((), dtype=torch.float64, device=adapted.device)  # read once, at the end
-    count = 0
+    every = -(-data.rows // rows)
+    sums = torch.zeros(  # read once, at the end
+        -(-every // world.size), dtype=torch.float64, device=adapted.device
+    )
+    count = done = 0
     try:
         with torch.random.fork_rng(devices=[], enabled=True):
-            for batch in evaluation_batches(data, rows, pad_id):
+            for batch in evaluation_batches(data, rows, pad_id, first=world.rank, every=world.size):
                 check()
                 with adapted.precision():
                     hidden = adapted.trained_hidden(batch, 0)
                     flat = batch.targets.reshape(-1)
                     targets = to_device(torch.from_numpy(flat[flat != IGNORED]), adapted.device)
                     losses, _ = token_losses(hidden, adapted.head, targets, adapted.vocabulary)
-                total += losses.sum(dtype=torch.float64)
+                sums[done] = losses.sum(dtype=torch.float64)
+                done += 1
                 count += len(targets)
                 progress.advance(task, len(batch.bounds))
+            if adapted.sharded:
+                adapted.keep_step(len(sums) - done)
     finally:
         progress.finish(task)
         adapted.model.train(was_training)
-    loss = float(total) / count if count else float("nan")
+    by_rank = world.gather(sums.tolist())
+    count = int(world.sum([count])[0])
+    total = 0.0
+    for number in range(every):
+        total += by_rank[number % world.size][number // world.size]
+    loss = total / count if count else float("nan")
     if not abs(loss) < float("inf"):
         raise RunError(
             "non_finite_eval_loss",

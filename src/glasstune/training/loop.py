@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,12 +20,17 @@ from glasstune.training import checkpoint as checkpoints
 from glasstune.training.batching import Update, evaluation_interval, updates
 from glasstune.training.checkpoint import LoopState
 from glasstune.training.heldout import heldout_loss
-from glasstune.training.metrics import MetricsLog, peak_memory_bytes
-from glasstune.training.nonfinite import NonFinite, guilty_of_gradient, looked_into
+from glasstune.training.metrics import MetricsLog, Unwritten, peak_memory_bytes
+from glasstune.training.nonfinite import (
+    NonFinite,
+    guilty_of_gradient,
+    looked_into,
+    of_all_ranks,
+)
 from glasstune.training.optimizer import gradient_norm, move
 from glasstune.training.run import Outcome, Run, StoppedBy, Window
 from glasstune.training.signals import Interrupted, SignalHook, SignalWatch
-from glasstune.training.step import UpdateResult, compute_update, launch_update
+from glasstune.training.step import Launched, UpdateResult, compute_update, launch_update
 
 SAVE_EVERY_SECONDS = 600
 
@@ -37,7 +43,9 @@ class Loop:
         self.state = state
         self.findings: list[Finding] = []
         self.watch = SignalWatch()
-        self.metrics = MetricsLog(run.folder, state.attempt, run.writers)
+        self.metrics = (
+            MetricsLog(run.folder, state.attempt, run.writers) if run.world.writes else Unwritten()
+        )
         self.window = Window()
         self._idle_rows = 0
         self._rate = 0.0
@@ -45,6 +53,8 @@ class Loop:
         self._ahead: Update | None = None
         self._started = time.monotonic() - state.seconds
         self._last_save = time.monotonic()
+        self._saved = state.step  # a run begins with nothing, or from a checkpoint
+        self._time_to_save = False
         saves = run.config.training.save_steps
         self.eval_every = evaluation_interval(run.config.training, run.schedule.total)
         self.save_every = None if saves == "auto" else saves
@@ -95,7 +105,7 @@ class Loop:
             update = self._next_update()
             if update is None:
                 break
-            self.watch.check()
+            self._between_updates()
             if not self._update(update):
                 self._refuse_idle_epoch()
                 continue
@@ -112,6 +122,16 @@ class Loop:
                 self._evaluate()
         self._save(force=True)
         return "done"
+
+    def _between_updates(self) -> None:
+        """Where ranks agree on what one of them alone knows: a signal, the time since a save."""
+        world = self.run.world
+        waited = time.monotonic() - self._last_save > SAVE_EVERY_SECONDS
+        told = [float(self.watch.received is not None), float(world.writes and waited)]
+        stop, save = world.sum(told)
+        self._time_to_save = save > 0
+        if stop:
+            raise Interrupted
 
     def _next_update(self) -> Update | None:
         update, self._ahead = self._ahead, None
@@ -148,29 +168,60 @@ class Loop:
 
     def _compute(self, update: Update, step: int) -> UpdateResult | None:
         """Gradients, then the optimiser's move; None where nothing was trained."""
-        run = self.run
-        for hook in run.every_hook:
+        run, world = self.run, self.run.world
+        hooks = run.every_hook
+        for hook in hooks:
             hook.before_update(step)
+        # Ranks that share an update stop between two of them, all at the same one.
+        watched = (*hooks, SignalHook(self.watch)) if world.size == 1 else hooks
         launched = launch_update(
-            run.adapted, run.terms, update.micro_batches, step, update.epoch,
-            (*run.every_hook, SignalHook(self.watch)), counting=run.audit,
+            run.adapted, run.terms, update.micro_batches, step, update.epoch, watched,
+            counting=run.audit, world=world, forwards=update.forwards,
         )  # fmt: skip
         if launched is None:
             return None
-        for hook in run.every_hook:
+        totals, sizes = world.reduce_update(
+            list(run.parameters.values()), launched.per_term(), launched.sizes
+        )
+        for hook in hooks:
             hook.after_backward(step, run.adapted.model, run.optimizer)
         norm = gradient_norm(run.parameters).to(launched.sums)
-        both = torch.cat([launched.sums, norm.reshape(1)])
+        both = torch.cat([launched.sums, totals, norm.reshape(1)])
         self._prepare_next()
         *sums, total = both.tolist()  # the update's one wait for the device
-        result = launched.read(sums)
+        result = self._read(launched, sums, sizes)
         result.grad_norm, self._rate = move(
             run.parameters, run.optimizer, run.config.training, step, run.schedule.total,
             (norm, total),
         )  # fmt: skip
         return result
 
+    def _read(
+        self, launched: Launched, sums: Sequence[float], sizes: Sequence[float]
+    ) -> UpdateResult:
+        world, count = self.run.world, len(launched.parts)
+        if world.size == 1:
+            return launched.read(sums[:count])
+        totals = sums[count:]
+        if all(map(math.isfinite, totals)):
+            return launched.read(sums[:count], check=False, all_ranks=(totals, sizes))
+        error: NonFinite | None = None
+        try:
+            launched.read(sums[:count], check=not self.run.adapted.sharded)
+        except NonFinite as found:
+            error = found
+        raise of_all_ranks(world, error, f"a loss term is not finite at step {launched.step}")
+
     def _looked_into(self, error: NonFinite, update: Update, step: int) -> NonFinite:
+        """Finds the rows of a bad update; every rank looks at its own."""
+        world = self.run.world
+        if self.run.adapted.sharded:
+            error.message += "; rows are not looked for while ranks hold parts of the base (fsdp2)"
+            return error
+        found = self._looked_into_mine(error, update, step)
+        return found if world.size == 1 else of_all_ranks(world, found, error.message)
+
+    def _looked_into_mine(self, error: NonFinite, update: Update, step: int) -> NonFinite:
         run, audit = self.run, self.run.audit
         batches, epoch = update.micro_batches, update.epoch
         if run.adapted.speed is not None:
@@ -302,7 +353,7 @@ class Loop:
             return False
         loss, tokens = heldout_loss(
             run.adapted, run.validation, run.schedule.micro, run.pad_id, run.progress,
-            self.watch.check,
+            self.watch.check if run.world.size == 1 else lambda: None, run.world,
         )  # fmt: skip
         state.last_eval, state.last_loss = state.step, loss
         self.metrics.write(
@@ -337,15 +388,18 @@ class Loop:
             return at_epoch_end
         if self.save_every is not None:
             return state.step % self.save_every == 0
-        waited = time.monotonic() - self._last_save
-        return at_epoch_end or waited > SAVE_EVERY_SECONDS or state.step == schedule.total
+        return at_epoch_end or self._time_to_save or state.step == schedule.total
 
     def _save(self, force: bool = False) -> None:
         run, state = self.run, self.state
-        exists = state.step in checkpoints.complete_steps(run.checkpoints)
+        exists = state.step == self._saved
         if state.step == 0 or (force and exists) or not (force or self._save_due()):
             return
         state.seconds = time.monotonic() - self._started
+        run.world.check_equal(run.parameters, state.step)
+        self._saved, self._last_save = state.step, time.monotonic()
+        if not run.world.writes:
+            return
         self.metrics.sync()
         if run.audit is not None:
             run.audit.sync()

@@ -58,6 +58,19 @@ class MetricsLog:
             writer.close()
 
 
+class Unwritten:
+    """Stands where another rank writes the metrics."""
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def supersede(folder: Path, step: int) -> int:
     """Moves the rows past a checkpoint to `*.superseded.jsonl`, of metrics and audits alike.
 

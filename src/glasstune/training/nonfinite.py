@@ -17,6 +17,7 @@ from glasstune.fast.speed_up import plain
 from glasstune.training.terms import Term, term_sums
 
 if TYPE_CHECKING:
+    from glasstune.training.distributed import World
     from glasstune.training.step import AdaptedModel
 
 KEPT = " (the last good checkpoint is kept)"
@@ -147,6 +148,29 @@ def single_document(document: Document, position: int) -> MicroBatch:
         documents=(document,),
         position=position,
         packed=False,
+    )
+
+
+def of_all_ranks(world: World, error: NonFinite | None, what: str) -> NonFinite:
+    """Returns one error for all ranks: that of the first one whose own rows give it.
+
+    Args:
+        world: The ranks; all of them call this.
+        error: This rank's, or None where its rows are well.
+        what: What every rank has seen, for the case that no rank's rows give it.
+    """
+    mine = None if error is None else {**error.to_dict(), "rows": list(error.rows)}
+    everybody = list(enumerate(world.gather(mine)))
+    found = [(rank, one) for rank, one in everybody if one is not None]
+    if not found:
+        return NonFinite("non_finite_loss", what, fix="lower the learning rate" + KEPT)
+    rank, one = next(((rank, one) for rank, one in found if one["rows"]), found[0])
+    return NonFinite(
+        one["code"],
+        one["message"] + (f" (of rank {rank})" if world.size > 1 else ""),
+        where=one["where"],
+        fix=one["fix"],
+        rows=one["rows"],
     )
 
 

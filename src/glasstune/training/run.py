@@ -16,6 +16,7 @@ from glasstune.core.protocols import MetricsWriter, Progress, StepAudit, StepHoo
 from glasstune.data.packing import PackedSet
 from glasstune.training.batching import Schedule
 from glasstune.training.checkpoint import Identity, LoopState
+from glasstune.training.distributed import ALONE, World
 from glasstune.training.step import AdaptedModel, UpdateResult
 from glasstune.training.terms import Term
 
@@ -41,6 +42,7 @@ class Run:
         hooks: The gate.
         audit: Looks at gradients, says why one is missing, and looks into a bad update.
         writers: Metric sinks beside the file.
+        world: The ranks that share it.
     """
 
     config: Config
@@ -59,6 +61,7 @@ class Run:
     hooks: Sequence[StepHook] = ()
     writers: Sequence[MetricsWriter] = ()
     audit: StepAudit | None = None
+    world: World = ALONE
 
     @property
     def every_hook(self) -> tuple[StepHook, ...]:

@@ -23,6 +23,7 @@ from glasstune.fast.report import SpeedReport
 from glasstune.fast.speed_up import plain
 from glasstune.models.families.install import packing_kwargs, padded_kwargs
 from glasstune.models.head import HeadSplit
+from glasstune.training.distributed import ALONE, World
 from glasstune.training.dropout import RowSeeds, mix
 from glasstune.training.inputs import FixedShape, Inputs, inputs_of, to_device
 from glasstune.training.nonfinite import check_finite
@@ -48,6 +49,8 @@ class AdaptedModel:
         speed_record: How each adapted module is computed.
         replays: Replays forwards where a GPU would wait for their kernels.
         after: What else is undone with it.
+        filler: Where weights are gathered from all ranks for each forward: what a rank runs that
+            has fewer rows than another. None where every rank holds them.
 
     Attributes:
         bare_head: Whether the loss may take the head's frozen weight instead of calling the head.
@@ -66,6 +69,7 @@ class AdaptedModel:
     speed_record: SpeedRecord | None = None
     replays: Replays | None = None
     after: list[Callable[[], object]] = field(default_factory=list)
+    filler: MicroBatch | None = None
     bare_head: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +81,20 @@ class AdaptedModel:
     def compiled(self) -> bool:
         """Whether compiled regions hide the calls inside them."""
         return self.speed_record is not None and bool(self.speed_record.compiled)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of the base."""
+        return self.filler is not None
+
+    def keep_step(self, forwards: int) -> None:
+        """Runs forwards (and backwards, of nothing) that other ranks need this one for."""
+        assert self.filler is not None
+        for _ in range(forwards):
+            with self.precision():
+                hidden = self.trained_hidden(self.filler, 0)
+            if hidden.requires_grad:
+                give_nothing(hidden)
 
     def slow_down(self) -> None:
         """Takes back what was sped up, and torch's settings with it."""
@@ -162,6 +180,11 @@ class AdaptedModel:
         )
 
 
+def give_nothing(hidden_Nd: Tensor) -> None:
+    """Runs a backward whose gradients are all zero."""
+    (hidden_Nd.float() * 0.0).sum().backward()  # type: ignore[no-untyped-call]
+
+
 def run_plainly(
     adapted: AdaptedModel, terms: Sequence[Term], batches: Sequence[MicroBatch]
 ) -> None:
@@ -202,15 +225,16 @@ def update_counts(
     batches: Sequence[MicroBatch],
     step: int,
     epoch: int,
+    world: World = ALONE,
 ) -> dict[str, float] | None:
-    """Counts of each term over the whole update, known before the first backward.
+    """Counts of each term over the whole update and all ranks, known before the first backward.
 
     Built-in terms count labels. A user's function is the only one who knows its count: with one
-    micro-batch it is taken from the result itself (None is returned); with several, the function
-    is run once more before, without gradients.
+    micro-batch in all it is taken from the result itself (None is returned); with several, the
+    function is run once more before, without gradients.
     """
     unknown = [term for term in terms if term.function is not None]
-    if unknown and len(batches) == 1:
+    if unknown and len(batches) == 1 and world.size == 1:
         return None
     counts = {term.name: 0.0 for term in terms}
     for batch in batches:
@@ -222,7 +246,7 @@ def update_counts(
                 seen = term_sums(unknown, adapted.loss_batch(batch, step, epoch))
             for name, (_, count) in seen.items():
                 counts[name] += count
-    return counts
+    return dict(zip(counts, world.sum(list(counts.values())), strict=True))
 
 
 def trained_sources(batch: MicroBatch) -> Tensor:
@@ -256,12 +280,32 @@ class Launched:
     parts: list[tuple[int, str]]
     sums: Tensor
 
-    def read(self, sums: Sequence[float], *, check: bool = True) -> UpdateResult:
+    def per_term(self) -> Tensor:
+        """Sums of each term over this rank's micro-batches, fp32 [terms] on the device."""
+        found = torch.zeros(len(self.terms), device=self.sums.device)
+        place = {term.name: index for index, term in enumerate(self.terms)}
+        index = torch.tensor([place[name] for _, name in self.parts], dtype=torch.long)
+        return found.index_add_(0, to_device(index, found.device), self.sums.float())
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens and trained tokens of this rank's micro-batches."""
+        tokens = sum(batch.tokens for batch in self.batches)
+        return tokens, sum(batch.trained_tokens for batch in self.batches)
+
+    def read(
+        self,
+        sums: Sequence[float],
+        *,
+        check: bool = True,
+        all_ranks: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> UpdateResult:
         """Makes the result.
 
         Args:
             sums: The sums on the host.
             check: Whether a sum that is not finite stops.
+            all_ranks: `per_term` and `sizes` over all ranks, where there are several.
 
         Raises:
             NonFinite: A sum is not finite; names term and rows.
@@ -273,18 +317,17 @@ class Launched:
         counts, totals = self.counts, {term.name: 0.0 for term in self.terms}
         for (_, name), value in zip(self.parts, sums, strict=True):
             totals[name] += value
+        tokens, trained_tokens = self.sizes
+        if all_ranks is not None:
+            totals = dict(zip(totals, all_ranks[0], strict=True))
+            tokens, trained_tokens = map(int, all_ranks[1])
         losses = {
             name: totals[name] / counts[name] if counts.get(name) else None for name in totals
         }
         loss = sum(
             term.config.weight_at(self.step) * (losses[term.name] or 0.0) for term in self.terms
         )
-        return UpdateResult(
-            loss=loss,
-            losses=losses,
-            tokens=sum(batch.tokens for batch in self.batches),
-            trained_tokens=sum(batch.trained_tokens for batch in self.batches),
-        )
+        return UpdateResult(loss=loss, losses=losses, tokens=tokens, trained_tokens=trained_tokens)
 
 
 def launch_update(
@@ -296,8 +339,13 @@ def launch_update(
     hooks: Sequence[StepHook] = (),
     *,
     counting: CountsTaker | None = None,
+    world: World = ALONE,
+    forwards: int = 0,
 ) -> Launched | None:
     """Forwards and backwards of one update, without waiting for a GPU.
+
+    With several ranks, gradients and sums are those of this rank's rows, divided by the counts of
+    all; the caller adds them up (`World.reduce_update`).
 
     Args:
         adapted: The model.
@@ -307,18 +355,23 @@ def launch_update(
         epoch: 0-based epoch.
         hooks: Called before each backward with the terms.
         counting: Told the counts of the whole update before its first backward.
+        world: The ranks that share the update.
+        forwards: Of the rank that has most, where weights are gathered for each.
 
     Returns:
-        The update, whose gradients are left in `.grad`, or None where it has no trained token
-        (then no gradient was made).
+        The update, whose gradients are left in `.grad`, or None where it has no trained token on
+        any rank (then no gradient was made).
     """
-    counts = update_counts(adapted, terms, batches, step, epoch)
+    counts = update_counts(adapted, terms, batches, step, epoch, world)
     if counts is not None and not any(counts.values()):
         return None
+    if adapted.sharded:
+        adapted.keep_step(forwards - len(batches))
     sums: list[tuple[int, str, Tensor]] = []
     for index, batch in enumerate(batches):
         with adapted.precision():
-            found = term_sums(terms, adapted.loss_batch(batch, step, epoch))
+            given = adapted.loss_batch(batch, step, epoch)
+            found = term_sums(terms, given)
         if counts is None:  # one micro-batch: its counts are the update's
             counts = {name: count for name, (_, count) in found.items()}
         scaled = {
@@ -327,6 +380,8 @@ def launch_update(
             if term.name in found and counts[term.name] > 0
         }
         if not scaled:
+            if adapted.sharded:
+                give_nothing(given.hidden)
             continue
         if counting is not None and not sums:
             counting.take_counts(step, counts)
@@ -337,13 +392,14 @@ def launch_update(
         if parts:
             torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         sums.extend((index, name, value.detach()) for name, (_, value) in scaled.items())
-    if not sums:
+    if not sums and world.size == 1:
         return None
     assert counts is not None
+    values = [value for _, _, value in sums]
     return Launched(
         adapted, terms, batches, step, epoch, counts,
         [(index, name) for index, name, _ in sums],
-        torch.stack([value for _, _, value in sums]),
+        torch.stack(values) if values else torch.zeros(0, device=adapted.device),
     )  # fmt: skip
 
 

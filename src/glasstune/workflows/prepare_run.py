@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glasstune.core.choices import Choices
-from glasstune.core.config import Config, DistributedConfig
+from glasstune.core.config import Config
 from glasstune.core.config_load import dump_config
 from glasstune.core.errors import InputError
 from glasstune.core.protocols import Progress
@@ -58,8 +58,17 @@ class Prepared:
         )
 
 
-def prepare(config: Config, choices: Choices, progress: Progress) -> Prepared:
+def prepare(
+    config: Config, choices: Choices, progress: Progress, *, rank: int = 0, ranks: int = 1
+) -> Prepared:
     """Resolves, reads and checks; the config's `auto` sizes are filled in place.
+
+    Args:
+        config: The whole configuration.
+        choices: Where decisions are noted.
+        progress: Bars and log.
+        rank: This process.
+        ranks: Processes that share each update.
 
     Raises:
         InputError: Model, data, template or a loss term are wrong.
@@ -96,7 +105,7 @@ def prepare(config: Config, choices: Choices, progress: Progress) -> Prepared:
     if config.training.compile is True:
         _check_compiler(device)
     _check_validation(config, data, choices)
-    schedule = make_schedule(config, data.train, device, choices)
+    schedule = make_schedule(config, data.train, device, choices, rank=rank, ranks=ranks)
     record_intervals(config.training, schedule, choices)
     config.training.per_device_train_batch_size = schedule.micro
     pad_id = tokenizer.pad_token_id
@@ -115,12 +124,7 @@ def check_supported(config: Config) -> None:
     """
     training, model = config.training, config.model
     other = training.compute == "bf16" and model.dtype != "bfloat16"
-    limit = training.distributed.timeout_seconds
-    waiting = {
-        "training.compute": training.compute == "fp8" or other,
-        "training.distributed.strategy": training.distributed.strategy != "auto",
-        "training.distributed.timeout_seconds": limit != DistributedConfig().timeout_seconds,
-    }
+    waiting = {"training.compute": training.compute == "fp8" or other}
     for key, asked in waiting.items():
         if asked:
             raise InputError(

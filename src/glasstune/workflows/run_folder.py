@@ -111,6 +111,24 @@ def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         ) from None
 
 
+def resumed_by_torchrun(
+    folder: Path, restart: int, resume: str | bool | None, overwrite: bool, choices: Choices
+) -> tuple[str | bool | None, bool]:
+    """Returns `resume` and `overwrite` of this start: torchrun repeats the words of the first.
+
+    Args:
+        folder: The run folder.
+        restart: How often torchrun has started the run again.
+        resume: As given.
+        overwrite: As given.
+        choices: Where it is noted.
+    """
+    if restart == 0 or attempts(folder) == 0:
+        return resume, overwrite
+    choices.record("restart", restart, "torchrun has started the run again: it is resumed")
+    return True, False
+
+
 @contextmanager
 def sole_writer(folder: Path, choices: Choices) -> Iterator[None]:
     """Holds the folder's lock, so that two runs never mix their checkpoints.

@@ -14,15 +14,18 @@ from glasstune.core.config import Config
 from glasstune.core.errors import RunError, StoppedBySignal
 from glasstune.core.findings import Finding
 from glasstune.core.protocols import Progress, StepAudit
+from glasstune.core.ranks import this_rank
 from glasstune.core.records import DryRunRecord, TrainRecord
 from glasstune.workflows import run_folder
 from glasstune.workflows.open_model import complete_steps
 from glasstune.workflows.plan import Planned, plan_start, rows_of_run
 from glasstune.workflows.plan_measure import measured_start, memory_named
 from glasstune.workflows.prepare_run import Prepared, prepare
+from glasstune.workflows.ranks import Decided, alone, meet, same_rows
 
 if TYPE_CHECKING:
     from glasstune.training.checkpoint import Identity, LoopState
+    from glasstune.training.distributed import World
     from glasstune.training.run import Outcome, Run
     from glasstune.training.step import AdaptedModel
 
@@ -58,14 +61,42 @@ def train(
         from glasstune.reports.terminal import RichProgress
 
         progress = RichProgress()
+    world = meet(config, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    try:
+        record = _train(config, world, resume, overwrite, dry_run, progress, notes)
+    except BaseException as error:
+        world.leave(error)
+        raise
+    world.leave()
+    return record
+
+
+def _train(
+    config: Config,
+    world: World,
+    resume: str | bool | None,
+    overwrite: bool,
+    dry_run: bool,
+    progress: Progress,
+    notes: Sequence[str],
+) -> TrainRecord | DryRunRecord:
     started = time.monotonic()
     choices = Choices()
     folder = run_folder.output_folder(config, choices)
-    if not dry_run:
+    writing = world.writes and not dry_run
+    if writing:
+        resume, overwrite = run_folder.resumed_by_torchrun(
+            folder, this_rank().restart, resume, overwrite, choices
+        )
         run_folder.claim_folder(folder, bool(resume), overwrite)
-    with nullcontext() if dry_run else run_folder.sole_writer(folder, choices):
-        prepared = prepare(config, choices, progress)
-        session = _Session(config, folder, choices, prepared, progress, list(notes), overwrite)
+    resume, overwrite = world.broadcast((resume, overwrite))
+    with run_folder.sole_writer(folder, choices) if writing else nullcontext():
+        with world.leader_first("prepare"):
+            prepared = prepare(config, choices, progress, rank=world.rank, ranks=world.size)
+        same_rows(world, prepared)
+        session = _Session(
+            config, folder, choices, prepared, progress, list(notes), overwrite, world
+        )
         session.plan(bool(resume), always=dry_run)
         if dry_run:
             return session.dry_run_record()
@@ -94,10 +125,12 @@ class _Session:
     progress: Progress
     notes: list[str]
     overwrite: bool = False
+    world: World = field(default_factory=alone)
     findings: list[Finding] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     planned: Planned | None = None
     _adapted: AdaptedModel | None = None
+    _left: int = 0
 
     def plan(self, resume: bool, *, always: bool = False) -> None:
         """Plans memory and time before anything is loaded.
@@ -105,13 +138,21 @@ class _Session:
         Raises:
             InputError: `does_not_fit`.
         """
-        if resume:
-            self.prepared = rows_of_run(self.prepared, self.folder)
-        self.planned = plan_start(
-            self.prepared, self.progress, self._updates_left(resume), always=always, fixed=resume
-        )
-        if self.planned is not None:
-            self.prepared = self.planned.prepared
+        decided = None
+        if self.world.writes:
+            if resume:
+                self.prepared = rows_of_run(self.prepared, self.folder)
+            self._left = self._updates_left(resume)
+            self.planned = plan_start(
+                self.prepared, self.progress, self._left, always=always, fixed=resume
+            )
+            if self.planned is not None:
+                self.prepared = self.planned.prepared
+            decided = Decided.of(self.prepared, self.planned, self._left)
+        decided = self.world.broadcast(decided)
+        if not self.world.writes:
+            self._left = decided.updates
+            self.prepared, self.planned = decided.follow(self.prepared)
 
     def dry_run_record(self) -> DryRunRecord:
         """What would be trained, with its plan."""
@@ -121,15 +162,16 @@ class _Session:
 
     def open(self, resume: str | bool | None) -> tuple[Run, LoopState]:
         """Loads the model, builds optimiser and hooks, restores a checkpoint where asked."""
+        from glasstune.training.checkpoint import LoopState, share_state
         from glasstune.training.run import Run
+        from glasstune.workflows.ranks import joined
         from glasstune.workflows.trained_model import first_step_gate, open_trained
         from glasstune.workflows.trained_speed import speed_line
 
-        adapted, parameters, optimizer = open_trained(
-            self.prepared, self._note, updates=self._updates_left(bool(resume))
-        )
+        adapted, parameters, optimizer = open_trained(self.prepared, self._note, updates=self._left)
         self._adapted = adapted
-        if self.overwrite:
+        self.extra["ranks"] = joined(self.world, adapted, self._note, self.choices)
+        if self.overwrite and self.world.writes:
             run_folder.clear_run(self.folder)
         run = Run(
             config=self.config,
@@ -145,10 +187,12 @@ class _Session:
             identity=self._identity(adapted, parameters),
             write_adapter=self._adapter_writer(adapted),
             progress=self.progress,
-            hooks=first_step_gate(self.config, adapted, self.prepared.terms),
-            writers=self._writers(),
+            hooks=first_step_gate(self.config, adapted, self.prepared.terms, self.world),
+            writers=self._writers() if self.world.writes else (),
+            world=self.world,
         )
-        state = self._restore(run, resume)
+        state = self._restore(run, resume) if self.world.writes else LoopState()
+        state = share_state(self.world, state, parameters, optimizer)
         if self.planned is not None and adapted.device.type == "cuda":
             self.planned = measured_start(self.planned, adapted, self.progress)
         run.audit = self._audit(run, state.attempt)
@@ -167,7 +211,8 @@ class _Session:
             plan=None if self.planned is None else self.planned.record.to_dict(),
             speed={"modules": record["modules"], "compiled": record["compiled"]},
         )
-        run_folder.write_start(self.folder, self.config, self.choices, self.extra)
+        if self.world.writes:
+            run_folder.write_start(self.folder, self.config, self.choices, self.extra)
         for choice in self.choices:
             self.progress.say(f"{choice.name}: {choice.value} ({choice.reason})")
         self.progress.say(speed_line(adapted.speed_record))
@@ -213,6 +258,7 @@ class _Session:
                 else "cpu",
                 "threads": torch.get_num_threads(),
                 "instruction_set": torch.backends.cpu.get_cpu_capability(),
+                "ranks": self.world.size,
             },
         )
 
@@ -240,6 +286,7 @@ class _Session:
             log_every=self.config.training.logging_steps,
             total=run.schedule.total,
             attempt=attempt,
+            exchange=self.world,
         )
 
     def _writers(self) -> list[Any]:
@@ -292,9 +339,6 @@ class _Session:
         Raises:
             StoppedBySignal: The loop was interrupted; its checkpoint is the place to go on from.
         """
-        from glasstune.adapters.saving import verify_saved
-        from glasstune.training.checkpoint import publish_adapter
-        from glasstune.training.loop import load_best
         from glasstune.training.metrics import peak_memory_bytes
 
         state = outcome.state
@@ -311,6 +355,17 @@ class _Session:
                 f"no update had a trained token ({state.skipped} were skipped)",
                 fix="look at the data with glasstune data",
             )
+        peak = max(self.world.gather(peak_memory_bytes(run.adapted.device)))
+        record = self._publish(run, outcome, started, peak) if self.world.writes else None
+        published: TrainRecord = self.world.broadcast(record)
+        return published
+
+    def _publish(self, run: Run, outcome: Outcome, started: float, peak: int) -> TrainRecord:
+        from glasstune.adapters.saving import verify_saved
+        from glasstune.training.checkpoint import publish_adapter
+        from glasstune.training.loop import load_best
+
+        state = outcome.state
         step, source = load_best(run, state)
         adapter = self.folder / "adapter"
         publish_adapter(source, adapter)
@@ -329,7 +384,7 @@ class _Session:
             best_step=state.best_step,
             seconds=round(time.monotonic() - started, 3),
             trained_tokens=state.trained_tokens,
-            peak_memory_bytes=peak_memory_bytes(run.adapted.device),
+            peak_memory_bytes=peak,
             adapter=str(adapter),
             resumable=True,
             findings=[*self.prepared.data.record.findings, *self.findings, *outcome.findings],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from glasstune.core.config import Config
 from glasstune.core.findings import Finding
-from glasstune.core.protocols import StepHook
+from glasstune.core.protocols import Exchange, StepHook
 from glasstune.workflows.prepare_run import Prepared
 from glasstune.workflows.trained_speed import SpeedChoice, choose_speed
 
@@ -57,7 +57,10 @@ def open_trained(
 
 
 def first_step_gate(
-    config: Config, adapted: AdaptedModel, terms: Sequence[Term] = ()
+    config: Config,
+    adapted: AdaptedModel,
+    terms: Sequence[Term] = (),
+    exchange: Exchange | None = None,
 ) -> list[StepHook]:
     """Returns the gate as a hook, or nothing where it is off.
 
@@ -65,6 +68,7 @@ def first_step_gate(
         config: `audit.first_step_gate` and `gate_allow`.
         adapted: The model.
         terms: Loss terms, for a look at the calls that compiled blocks hide.
+        exchange: The ranks that share an update.
     """
     from glasstune.audit.gate import FirstStepGate
 
@@ -78,7 +82,7 @@ def first_step_gate(
         look = partial(run_plainly, adapted, terms)
     gate = FirstStepGate(
         adapted.model, audit.first_step_gate, audit.gate_allow,
-        calls_seen=look is None, look=look,
+        calls_seen=look is None, look=look, exchange=exchange,
     )  # fmt: skip
     return [gate]
 
