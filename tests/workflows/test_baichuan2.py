@@ -236,6 +236,55 @@ def test_old_adapters_merge_and_a_server_loads_the_folder_unchanged(
     assert float((served - old.logits).abs().max()) < 2e-4
 
 
+def as_in_2023(old: Old, folder: Path) -> Path:
+    """The adapter as the script left it in 2023: a .bin file, few options, the tokenizer beside.
+
+    PEFT 0.4 and transformers 4.29 wrote these; the base is named by its id, and `save_model` put
+    the tokenizer's own files there, its class named as code of the hub.
+    """
+    folder.mkdir()
+    torch.save(adapter_weights(old.folder / "old"), folder / "adapter_model.bin")
+    options = {
+        "auto_mapping": None, "base_model_name_or_path": "baichuan-inc/Baichuan2-7B-Base",
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
+        "lora_alpha": 32, "lora_dropout": 0.1, "modules_to_save": None, "peft_type": "LORA", "r": 1,
+        "revision": None, "target_modules": ["W_pack"], "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(options))
+    for name in ("tokenizer.model", "special_tokens_map.json"):
+        shutil.copy(old.base / name, folder / name)
+    saved = json.loads((old.base / "tokenizer_config.json").read_text())
+    place = "baichuan-inc/Baichuan2-7B-Base--tokenization_baichuan.BaichuanTokenizer"
+    saved["auto_map"] = {"AutoTokenizer": [place, None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(saved))
+    (folder / "training_args.bin").write_bytes(b"not read")
+    return folder
+
+
+def test_an_adapter_of_2023_is_used_as_it_is(
+    old: Old, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = as_in_2023(old, tmp_path / "output")
+    words = ["merge", str(adapter), "--base", str(old.base), "--output", str(tmp_path / "m"),
+             "--dtype", "float32"]  # fmt: skip
+    assert asked(capsys, *words)["passed"] is True
+    model, _ = gt.load_model(str(tmp_path / "m"), dtype="float32")
+    assert float((logits_of(model) - old.logits).abs().max()) < 2e-4
+    assert digest(tmp_path / "m" / "tokenizer_config.json") == digest(
+        old.base / "tokenizer_config.json"
+    )
+    file = tmp_path / "config.yaml"
+    run(["init", "--from", command(old, f"--output_dir {tmp_path / 'run'}"), "-o", str(file)])
+    more = [f"adapter.path={adapter}", "training.max_steps=1", "training.save_strategy=steps"]
+    assert run(["train", str(file), *more]) == 0
+    content = json.loads((adapter / "adapter_config.json").read_text())
+    content["base_model_name_or_path"] = str(old.base)
+    (adapter / "adapter_config.json").write_text(json.dumps(content))
+    answers = asked(capsys, "generate", str(adapter), "--prompt", "你好", "--max-new-tokens", "2")
+    assert len(answers["answers"]) == 1
+
+
 def test_a_tokenizer_with_new_tokens_goes_with_the_merged_model(old: Old, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(old.folder / "old", adapter)
@@ -247,23 +296,29 @@ def test_a_tokenizer_with_new_tokens_goes_with_the_merged_model(old: Old, tmp_pa
     assert merged("a<|new|>")["input_ids"][-1] == 640
 
 
-@pytest.fixture(scope="module", params=[16, 8, 4])
+@pytest.fixture(scope="module", params=["rope-16", "rope-8", "rope-4", "alibi-16"])
 def tuned(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Path, list[str], dict[str, Any]]:
-    """The published config on a tiny bfloat16 Baichuan2, trained at one precision."""
+    """The published config on a tiny bfloat16 Baichuan2 (as 7B, as 13B), at one precision."""
     folder = tmp_path_factory.mktemp("published")
-    base = save_baichuan(folder / "Baichuan2")
+    kind, bits = request.param.split("-")
+    base = save_baichuan(folder / "Baichuan2", kind)
     rows = folder / "rows.json"
     rows.write_text(json.dumps(ROWS, ensure_ascii=False), encoding="utf-8")
     words = [
-        str(CONFIG), f"model.path={base}", f"model.bits={request.param}",
+        str(CONFIG), f"model.path={base}", f"model.bits={bits}",
         f"data.sources.0.path={rows}", f"training.output_dir={folder / 'run'}",
         "training.train_batch_size=4", "training.num_train_epochs=2", "data.validation_split=0.2",
     ]  # fmt: skip
     record = folder / "train.json"
     assert run(["train", *words, "--json", str(record)]) == 0
-    return request.param, folder, words, json.loads(record.read_text())
+    return int(bits), folder, words, json.loads(record.read_text())
+
+
+def width(folder: Path) -> int:
+    content = json.loads((folder / "Baichuan2" / "config.json").read_text())
+    return int(content["hidden_size"])
 
 
 def asked(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -285,7 +340,10 @@ def test_the_published_config_trains_at_each_precision(tuned: Any) -> None:
     resolved = load_config(folder / "run" / "config.yaml").config
     assert (resolved.model.bits, resolved.model.trust_remote_code) == (bits, False)
     weights = adapter_weights(folder / "run" / "adapter")
-    assert sorted(value.shape for value in weights.values()) == [(1, 64)] * 2 + [(192, 1)] * 2
+    size = width(folder)
+    assert (
+        sorted(value.shape for value in weights.values()) == [(1, size)] * 2 + [(3 * size, 1)] * 2
+    )
     assert all(".self_attn.W_pack.lora_" in name for name in weights)
     saved = json.loads((folder / "run" / "adapter" / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"], saved["lora_dropout"]) == (1, 32, 0.1)
@@ -298,14 +356,14 @@ def test_it_is_inspected_planned_and_audited(
 ) -> None:
     bits, folder, words, _ = tuned
     seen = asked(capsys, "inspect", str(folder / "run"), "--bits", str(bits))
-    assert seen["trainable_parameters"] == 512
+    assert seen["trainable_parameters"] == 2 * 4 * width(folder)
     rows = {row["path"]: row for row in seen["precisions"][str(bits)]["modules"]}
     packed = rows["model.layers.0.self_attn.W_pack"]
     assert packed["lora"] is not None
     assert packed["class"] == KINDS[bits]
     assert rows["lm_head"]["class"] == "Linear"
     planned = asked(capsys, "plan", *words)
-    assert planned["parts"]["adapters"] == 512 * 4
+    assert planned["parts"]["adapters"] == 2 * 4 * width(folder) * 4
     audited = asked(capsys, "audit", *words, "--steps", "1")
     status = {entry["name"]: entry["status"] for entry in audited["parameters"]}
     assert sum("lora_B" in name and value == "ok" for name, value in status.items()) == 2

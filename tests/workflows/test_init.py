@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from baichuan import save_baichuan
 
 from glasstune.cli.main import run
 from glasstune.core.config_load import load_config, load_text
@@ -221,6 +222,19 @@ def test_init_reads_model_and_data(tiny_llama, qa_file, tmp_path, capsys):
     # A second time the file is there.
     assert run(words) == 2
     assert "already" in capsys.readouterr().err
+
+
+def test_init_knows_the_rule_of_baichuan2(tmp_path):
+    model = save_baichuan(tmp_path / "m", weights="none")
+    rows = tmp_path / "rows.json"
+    turns = [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "你好！"}]
+    rows.write_text(json.dumps([{"conversations": turns}] * 3))
+    config = load_text(init(str(model), str(rows)).text).config
+    assert (config.data.sources[0].format, config.data.chat_template) == (
+        "conversations",
+        "baichuan2",
+    )
+    assert not config.model.trust_remote_code
 
 
 def test_init_names_what_is_missing(capsys, tmp_path):

@@ -105,8 +105,9 @@ def _has_tokenizer_code(folder: Path) -> bool:
 def _added_tokens(folder: Path) -> list[str]:
     """Returns the tokens of a saved tokenizer that stand behind its model's vocabulary."""
     file = folder / "tokenizer.json"
-    if not file.is_file():
-        return []
+    if not file.is_file():  # the file of a tokenizer that was Python code when it was saved
+        added = folder / "added_tokens.json"
+        return list(json.loads(added.read_text(encoding="utf-8"))) if added.is_file() else []
     content = json.loads(file.read_text(encoding="utf-8"))
     vocabulary = content["model"]["vocab"]
     known = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}

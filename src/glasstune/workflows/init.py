@@ -113,7 +113,7 @@ def _looked_at(model: str, data: str, trust: bool) -> InitResult:
         "  sources:",
         f"    - path: {show_default(data)}",
         f"      format: {rows['format']}",
-        *_template_lines(rows["format"], found["has_template"]),
+        *_template_lines(rows["format"], found["has_template"], found["family"]),
         f"  max_length: {rows['max_length']:<16} # {rows['lengths']}",
         "  validation_split: 0.02       # held out to measure the loss",
         "training:",
@@ -190,9 +190,11 @@ def _data_facts(data: str, model: Any) -> dict[str, Any]:
     }
 
 
-def _template_lines(format: str, has_template: bool) -> list[str]:
+def _template_lines(format: str, has_template: bool, family: str) -> list[str]:
     if has_template or format in ("text", "baichuan2", "prompt_completion"):
         return []
+    if family == "baichuan":
+        return ["  chat_template: baichuan2     # its published rule: marker ids 195 and 196"]
     name = "alpaca" if format == "alpaca" else "chatml"
     return [f"  chat_template: {name:<14}# the tokenizer has none of its own"]
 
