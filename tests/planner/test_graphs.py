@@ -138,7 +138,7 @@ def test_operations_of_the_graphs_are_those_of_the_layer_and_budgets_add_to_them
     assert half.light[0.9][0][-1].kept == last[0.9].kept // 2
 
 
-@pytest.mark.parametrize("family", ["bloom", "gemma2", "gpt2", "phi3", "qwen3"])
+@pytest.mark.parametrize("family", ["baichuan", "bloom", "gemma2", "gpt2", "phi3", "qwen3"])
 def test_compiled_families_keep_less_than_traced_ones(family: str) -> None:
     batch = Batch(2, 64, 50)
 

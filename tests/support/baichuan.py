@@ -90,7 +90,7 @@ def baichuan_config(kind: str = "rope", **overrides: Any) -> dict[str, Any]:
     }  # fmt: skip
     if kind == "alibi":
         # No power of two: its slopes are the harder ones, like those of 40 heads.
-        content |= {"num_attention_heads": 6, "hidden_size": 96}
+        content |= {"num_attention_heads": 6, "hidden_size": 192}
         del content["max_position_embeddings"]
     content |= overrides
     return {key: value for key, value in content.items() if value is not None}

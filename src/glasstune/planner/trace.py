@@ -286,7 +286,10 @@ class _Watch:
 
     def _begin(self, index: int, _: nn.Module, args: Any, kwargs: Any) -> Any:
         mask = kwargs.get("attention_mask")
-        if not self.masked and isinstance(mask, Tensor) and mask.dim() == 4:
+        # ALiBi's penalty, one for each head, is real but on a GPU, whose kernel makes it itself.
+        own = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1
+        own = own and not self.live.cuda
+        if not self.masked and not own and isinstance(mask, Tensor) and mask.dim() == 4:
             # Without data transformers cannot see that no mask is needed, and makes one.
             self.mask = _rounded(mask.untyped_storage().nbytes(), self.live)
             kwargs = {**kwargs, "attention_mask": None}
