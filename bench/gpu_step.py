@@ -39,6 +39,23 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
          "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
          "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
     ),
+    # Baichuan2's sizes; `llama7b` is the same model with a projection for each of q, k and v.
+    "llama7b": (
+        "llama",
+        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 125696,
+         "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    ),
+    "baichuan7b": (
+        "baichuan",
+        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "vocab_size": 125696, "max_position_embeddings": 4096},
+    ),
+    "baichuan13b": (
+        "baichuan",
+        {"hidden_size": 5120, "intermediate_size": 13696, "num_hidden_layers": 40,
+         "num_attention_heads": 40, "vocab_size": 125696, "model_max_length": 4096},
+    ),
     "bloom2b6": ("bloom", {"hidden_size": 2560, "n_layer": 30, "n_head": 32, "vocab_size": 46145}),
     "toy": (
         "llama",
@@ -55,9 +72,12 @@ def build(args: argparse.Namespace) -> Any:
     from glasstune.adapters.inject import add_adapter, keep_activation_dtype
     from glasstune.core.recompute import Recompute
     from glasstune.models.families.install import install_packing
+    from glasstune.models.families.native import register_native
+    from glasstune.models.head import fold_head
     from glasstune.training.recompute import apply_recompute, decoder_layers
 
     kind, options = SHAPES[args.model]
+    register_native(kind)
     layers = "n_layer" if "n_layer" in options else "num_hidden_layers"
     if args.layers:
         options = {**options, layers: args.layers}
@@ -73,6 +93,7 @@ def build(args: argparse.Namespace) -> Any:
     if args.device == "cuda":
         install_packing(model, compiled=True)
     model = add_adapter(model, r=args.rank, lora_alpha=ALPHA)
+    fold_head(model)
     keep_activation_dtype(model)
     if args.recompute:
         layers = len(decoder_layers(model)) if args.recompute < 0 else args.recompute

@@ -124,3 +124,42 @@ def test_dropout_takes_torchs_road(monkeypatch):
     one = document_attention(q, k, v, dropout=0.5)
     torch.manual_seed(1)
     assert not torch.equal(one, document_attention(q, k, v, dropout=0.5))
+
+
+def alibi_said_plainly(q, k, v, *, scale, window):
+    """Scores in float32, the penalty query by query."""
+    heads, length, width = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[0], 0).float() for x in (k, v))
+    rows = []
+    for query in range(length):
+        first = 0 if window is None else max(0, query - window + 1)
+        keys = torch.arange(first, query + 1)
+        scores = (k[:, keys] @ q[:, query, :, None].float())[..., 0]
+        scores = scores * (width**-0.5 if scale is None else scale)
+        weights = (scores - SLOPES[:heads, None] * (query - keys)).softmax(-1)
+        rows.append((weights[:, None] @ v[:, keys])[:, 0])
+    return torch.stack(rows).to(q.dtype)
+
+
+SLOPES = torch.tensor([2.0**-k for k in (1, 2, 3, 4, 5, 6, 7, 8, 0.5)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_alibi_is_added_to_the_scores(shape, dtype):
+    def ours(q, k, v, **options):
+        return document_attention(q, k, v, slopes_H=SLOPES[: shape[0]], **options)
+
+    def eager(q, k, v, **options):
+        return document_attention_reference(q, k, v, slopes_H=SLOPES[: shape[0]], **options)
+
+    given = make(shape, dtype)
+    truth = run(alibi_said_plainly, [t.float() for t in given], shape)
+    near = run(eager, given, shape)
+    for found, same, true in zip(run(ours, given, shape), near, truth, strict=True):
+        if dtype == torch.float32:
+            torch.testing.assert_close(found, true, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(same, true, rtol=1e-4, atol=2e-5)
+        else:
+            far, far_eager = ((x.float() - true).norm() for x in (found, same))
+            assert far <= 2 * far_eager + 1e-6 * true.norm()

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from glasstune.adapters.inject import add_adapter, trainable
+from glasstune.cli import main as cli
 from glasstune.core.choices import Choices
 from glasstune.core.config import ModelConfig
 from glasstune.core.errors import InputError
@@ -414,3 +415,34 @@ def test_a_run_says_what_was_read_from_the_config(tmp_path):
 def test_one_product_makes_all_three():
     config = BaichuanConfig.from_dict(baichuan_config(num_key_value_heads=2))
     assert config.num_key_value_heads == config.num_attention_heads == 4
+
+
+# Layers, width, inner width, heads, parameters of the model and of LoRA with r=1 on W_pack.
+SIZES = {
+    "rope": (32, 4096, 11008, 32, 7_505_973_248, 524_288),
+    "alibi": (40, 5120, 13696, 40, 13_896_668_160, 819_200),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_is_inspected_without_its_code(kind, tmp_path, capsys):
+    """The published sizes, from a folder as people have it; nothing of 28 GB is made."""
+    layers, width, inner, heads, size, lora = SIZES[kind]
+    folder = save_baichuan(
+        tmp_path, kind, weights="none", hidden_size=width, intermediate_size=inner,
+        num_hidden_layers=layers, num_attention_heads=heads, vocab_size=125_696,
+    )  # fmt: skip
+    words = ["inspect", str(folder), "--target-modules", "W_pack", "--r", "1", "--json", "-"]
+    assert cli.run(words) == 0
+    out, tree = capsys.readouterr()
+    assert f"trainable params: {lora:,} || all params: {size + lora:,}" in tree
+    assert f"(0-{layers - 1}): {layers} x BaichuanDecoderLayer" in tree
+    assert f"(W_pack): Linear({width}, {3 * width}) + LoRA(r=1)" in tree
+    record = json.loads(out)
+    rows = {row["path"]: row for row in record["precisions"]["4"]["modules"]}
+    assert rows["model.layers.0.self_attn.W_pack"]["class"] == "Linear4bit"
+    assert rows["lm_head"]["class"] == "Linear"
+    said = [note["message"] for note in record["findings"] if note["code"] == "native_family"]
+    assert len(said) == 3
+    assert any(f"positions: {kind} (hidden size {width} is" in text for text in said)
+    assert any("head: normalised (125,696 entries" in text for text in said)

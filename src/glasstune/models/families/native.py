@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from glasstune.core.choices import Choices
+from glasstune.core.choices import Choice, Choices
 
 _PACKAGES = {"baichuan": "glasstune.models.families.baichuan"}
 
@@ -28,11 +28,19 @@ def register_native(model_type: Any) -> bool:
     return True
 
 
-def note_native(config: Any, choices: Choices) -> None:
-    """Records what a family of our own read out of a config, and that our code runs."""
-    if str(config.model_type) not in _PACKAGES:
-        return
+def native_choices(config: Any) -> list[Choice]:
+    """Returns what a family of our own read out of a config, and that our code runs.
+
+    Args:
+        config: Of any model.
+    """
+    if not hasattr(config, "native_choices"):
+        return []
     reason = f"{config.model_type} is built in; code that came with the checkpoint does not run"
-    choices.record("model.code", "glasstune", reason)
-    for choice in config.native_choices():
+    return [Choice("model.code", "glasstune", reason), *config.native_choices()]
+
+
+def note_native(config: Any, choices: Choices) -> None:
+    """Records `native_choices`."""
+    for choice in native_choices(config):
         choices.record(choice.name, choice.value, choice.reason)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from glasstune.core.findings import Finding
+from glasstune.core.choices import WARNING
+from glasstune.core.findings import Finding, Severity
 from glasstune.core.inspection import PrecisionRecord
 from glasstune.core.units import format_bytes
+from glasstune.models.families.native import native_choices
 from glasstune.models.inspect.sizes import OwnTensors
 
 if TYPE_CHECKING:
@@ -54,6 +56,11 @@ def source_findings(source: ModelSource) -> list[Finding]:
     if source.kind == "gguf":
         says = "a GGUF file is expanded to bfloat16 before it is loaded; that is what is shown"
         found.append(Finding("gguf_expanded", "info", source.name, says))
+    for choice in native_choices(source.config):
+        severity: Severity = "warning" if choice.reason.startswith(WARNING) else "info"
+        why = choice.reason.removeprefix(WARNING)
+        says = f"{choice.name.removeprefix('model.')}: {choice.value} ({why})"
+        found.append(Finding("native_family", severity, source.name, says))
     kind = str(getattr(source.config, "model_type", ""))
     if "bert" in kind and getattr(source.config, "is_decoder", None) is False:
         says = f"{kind} is an encoder: every token sees those behind it (is_decoder is false)"
