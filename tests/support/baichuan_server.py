@@ -85,7 +85,7 @@ def tune(base: Path, rows: Path, out: Path) -> None:
     arguments = TrainingArguments(
         output_dir=str(out / "trainer"), num_train_epochs=3, per_device_train_batch_size=len(data),
         learning_rate=2e-3, lr_scheduler_type="constant", adam_beta1=0.9, adam_beta2=0.98,
-        adam_epsilon=1e-8, max_grad_norm=1.0, weight_decay=1e-4, report_to="none", use_cpu=True,
+        adam_epsilon=1e-8, max_grad_norm=1.0, weight_decay=0.5, report_to="none", use_cpu=True,
         save_strategy="no", logging_steps=1, disable_tqdm=True, optim="adamw_torch",
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=data)

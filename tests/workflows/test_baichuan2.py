@@ -149,7 +149,7 @@ def command(old: Old, *more: str) -> str:
         f"--model_name_or_path {old.base} --model_max_length {LENGTH} --num_train_epochs 3 "
         "--per_device_train_batch_size 8 --gradient_accumulation_steps 1 --save_strategy epoch "
         "--learning_rate 2e-3 --lr_scheduler_type constant --adam_beta1 0.9 --adam_beta2 0.98 "
-        "--adam_epsilon 1e-8 --max_grad_norm 1.0 --weight_decay 1e-4 --warmup_ratio 0.0 "
+        "--adam_epsilon 1e-8 --max_grad_norm 1.0 --weight_decay 0.5 --warmup_ratio 0.0 "
         f"--logging_steps 1 --use_lora True {' '.join(more)}"
     )
 
