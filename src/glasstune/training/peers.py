@@ -30,7 +30,7 @@ LOST_SECONDS = 25.0
 """Silence after which a process counts as gone."""
 GRACE_SECONDS = 15.0
 """What the main thread gets to end by itself, once another process is known to be gone."""
-_LOOK_SECONDS = 4.0
+_LOOK_SECONDS = 3.0
 """How long a failed collective waits for the reason."""
 _DONE = "done"
 _OF_OTHERS = ("peer_lost", "peer_failed", "collective_failed")
@@ -55,8 +55,8 @@ class Peers:
         self.hosts: dict[int, str] = {rank.index: socket.gethostname()}
         self.nodes: dict[int, int] = {rank.index: rank.node}
         self._prefix = f"glasstune/{rank.restart}/{session}"
-        hosts_it = rank.index == 0 and not rank.agent and not dist.is_initialized()
-        self._keeper = self._connect(timeout, hosts_it)
+        self._hosts_it = rank.index == 0 and not rank.agent and not dist.is_initialized()
+        self._keeper = self._connect(timeout, self._hosts_it)
         self.store = _c10d.PrefixStore(self._prefix, self._keeper)
         self._own = _c10d.PrefixStore(self._prefix, self._connect(10.0))  # the thread's
         self._ended = threading.Event()
@@ -98,7 +98,7 @@ class Peers:
                 continue
             other = json.loads(self.store.get(f"hello/{index}"))
             error.said |= other.get("error") == mine["error"] and other["host"] == mine["host"]
-        if self.rank.index == 0 and not self.rank.agent:
+        if self._hosts_it:
             time.sleep(_LOOK_SECONDS)  # the store goes with this process
 
     def meet(self, hello: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -137,19 +137,24 @@ class Peers:
 
     def _missing(self, first: int) -> RunError:
         absent = [first]
-        for index in range(first + 1, self.rank.count):
-            try:
-                if not self.store.check([f"hello/{index}"]):
+        try:
+            for index in range(self.rank.count):
+                if self.store.check([f"hello/{index}"]):
+                    one = json.loads(self.store.get(f"hello/{index}"))
+                    self.hosts[index], self.nodes[index] = str(one["host"]), int(one["node"])
+                elif index > first:
                     absent.append(index)
-            except RuntimeError:
-                break
+        except RuntimeError:
+            pass  # the store is gone as well: what is known is said
         names = ", ".join(map(str, absent[:8]))
-        return RunError(
+        found = RunError(
             "peer_missing",
             f"rank {names} of {self.rank.count} did not come within {self.timeout:g} s",
             where="training.distributed",
             fix="look at its log; training.distributed.timeout_seconds waits longer",
         )
+        found.said = self._leader(absent) != self.rank.index
+        return found
 
     def wait_for(self, key: str) -> None:
         """Waits for something another process does, however long that takes, while it lives.
@@ -219,12 +224,15 @@ class Peers:
 
     def explained(self, error: BaseException) -> RunError:
         """Returns the one clear error behind a collective that failed."""
-        until = time.monotonic() + _LOOK_SECONDS
-        started = {r: beat for r, (beat, _) in self._heard.items()}
-        while time.monotonic() < until:
-            if (found := self.trouble()) is not None:
-                return found
-            time.sleep(0.1)
+        started: dict[int, str] = {}
+        # A beat may have been written just before the end, and is seen one later.
+        for seconds in (2 * BEAT_SECONDS, _LOOK_SECONDS):
+            until = time.monotonic() + seconds
+            started = {r: beat for r, (beat, _) in self._heard.items()}
+            while time.monotonic() < until:
+                if (found := self.trouble()) is not None:
+                    return found
+                time.sleep(0.1)
         still = [r for r, (beat, _) in self._heard.items() if started.get(r) == beat != _DONE]
         if still:
             return self._of_silence(still)
@@ -323,17 +331,22 @@ class Peers:
             self._thread.join(2 * BEAT_SECONDS)
         try:
             self._own.set(f"beat/{self.rank.index}", _DONE)
-            if self.rank.index == 0 and not self.rank.agent and not self._told:
+            if self._hosts_it:
                 self._outlive_others()
         except RuntimeError:
             return
 
     def _outlive_others(self) -> None:
-        """Rank 0 keeps the store: it stays until the others are done with it."""
+        """Rank 0 keeps the store: it stays until the others are done with it, or are no more."""
         until = time.monotonic() + LOST_SECONDS
-        keys = [f"beat/{index}" for index in range(self.rank.count)]
-        while time.monotonic() < until:
-            if all(value == _DONE.encode() for value in self._own.multi_get(keys)):
+        every = [f"beat/{index}" for index in range(1, self.rank.count)]
+        keys = [key for key in every if self._own.check([key])]
+        seen: dict[str, tuple[bytes, float]] = {}
+        while (now := time.monotonic()) < until:
+            for key, beat in zip(keys, self._own.multi_get(keys), strict=True):
+                if key not in seen or seen[key][0] != beat:
+                    seen[key] = (beat, now)
+            if all(b == _DONE.encode() or now - t > _LOOK_SECONDS for b, t in seen.values()):
                 return
             time.sleep(0.05)
 
