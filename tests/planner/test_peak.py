@@ -139,7 +139,7 @@ def test_the_reason_names_the_next_best() -> None:
 
 def test_several_devices() -> None:
     assert ddp(STATIC, 4).static == STATIC
-    share = fsdp2(STATIC, 4, layer=100)
-    assert share.static.base == 250
-    assert share.static.optimizer == 20
-    assert share.workspace == 200 + NCCL_BYTES
+    share = fsdp2(STATIC, 4, sharded=800, layer=100)
+    assert share.static.base == STATIC.base - 800 + 200
+    assert share.static.optimizer == STATIC.optimizer  # of adapters, which are on each device
+    assert share.workspace == 200 + STATIC.gradients + NCCL_BYTES

@@ -27,13 +27,17 @@ from glasstune.models.resolve import ResolvedModel
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_base(config: ModelConfig, resolved: ResolvedModel, *, choices: Choices) -> PreTrainedModel:
+def load_base(
+    config: ModelConfig, resolved: ResolvedModel, *, choices: Choices, on_host: bool = False
+) -> PreTrainedModel:
     """Loads the base model that a config describes.
 
     Args:
         config: The model's part of the configuration.
         resolved: What `resolve_model` found.
         choices: Where every automatic decision is noted.
+        on_host: Leaves the weights in the host's memory, whatever the device; not at 4 bit or
+            LLM.int8, which are packed on the device.
 
     Returns:
         A plain transformers model: no parameter needs a gradient, eval mode, `use_cache` off.
@@ -57,12 +61,13 @@ def load_base(config: ModelConfig, resolved: ResolvedModel, *, choices: Choices)
     if quantization is not None:
         options["quantization_config"] = quantization
     ours = own is None and config.bits == 8 and quantization is None
-    if (device.type != "cpu" and not ours) or quantization is not None:
+    if (device.type != "cpu" and not ours and not on_host) or quantization is not None:
         options["device_map"] = {"": str(device)}
     model = _read(resolved, options)
     if ours:
         convert_to_int8(model, config.quantization.get("llm_int8_skip_modules"))
-        model.to(device)
+        if not on_host:
+            model.to(device)
     if own is None and config.bits != 16:
         _say_converted(model, config, choices)
     if compute != dtype:

@@ -71,6 +71,11 @@ class Schedule:
         return whole * self.updates_per_epoch + math.ceil(self.epoch_rows(whole) / self.batch)
 
     @property
+    def forward(self) -> int:
+        """Most rows of one forward."""
+        return min(self.micro, self.share)
+
+    @property
     def share(self) -> int:
         """Most rows of one update that one rank has."""
         return math.ceil(self.batch / self.ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glasstune.core.choices import WARNING, Choices
 from glasstune.core.config import Config
@@ -14,6 +15,10 @@ from glasstune.core.protocols import Progress
 from glasstune.core.recompute import Recompute
 from glasstune.core.units import format_bytes
 from glasstune.workflows.prepare_run import Prepared, prepare
+
+if TYPE_CHECKING:
+    from glasstune.planner.choose import Option
+    from glasstune.workflows.plan_work import Work
 
 
 def plan(config: Config, *, measure: bool = False, progress: Progress | None = None) -> PlanRecord:
@@ -57,7 +62,12 @@ class Planned:
 
 
 def plan_run(
-    prepared: Prepared, progress: Progress, *, updates: int | None = None, fixed: bool = False
+    prepared: Prepared,
+    progress: Progress,
+    *,
+    updates: int | None = None,
+    fixed: bool = False,
+    least: int | None = None,
 ) -> Planned:
     """Plans a prepared run; refuses one that does not fit.
 
@@ -66,6 +76,7 @@ def plan_run(
         progress: Log.
         updates: How many will be made by this start; None for all.
         fixed: Whether the rows of a forward are those of the schedule, whatever fits.
+        least: Free bytes of the rank that has least, where there are several.
 
     Raises:
         InputError: `does_not_fit`: names the bytes and three ways out.
@@ -73,9 +84,24 @@ def plan_run(
     progress.say("planning memory and time")
     from glasstune.workflows.plan_work import Work
 
-    work = Work(prepared, updates)
-    work.asked_rows |= fixed
-    option, rows = work.choose()
+    def chosen(ready: Prepared) -> tuple[Work, Option, int]:
+        work = Work(ready, updates, least)
+        work.asked_rows |= fixed
+        return (work, *work.choose())
+
+    try:
+        work, option, rows = chosen(prepared)
+        why = "the base fits each device"
+    except InputError as error:
+        if error.code != "does_not_fit" or not prepared.may_shard:
+            raise
+        why = f"with the whole base on each device {error.message}"
+        prepared = replace(prepared, strategy="fsdp2")
+        work, option, rows = chosen(prepared)
+    if prepared.schedule.ranks > 1:
+        asked = prepared.config.training.distributed.strategy
+        why = why if asked == "auto" else "asked for"
+        prepared.choices.record("training.distributed.strategy", prepared.strategy, why)
     schedule = replace(prepared.schedule, micro=rows)
     prepared.config.training.per_device_train_batch_size = rows
     record = work.record(option, rows)
@@ -91,6 +117,7 @@ def plan_start(
     *,
     always: bool = False,
     fixed: bool = False,
+    least: int | None = None,
 ) -> Planned | None:
     """Plans the start of a training run.
 
@@ -100,6 +127,7 @@ def plan_start(
         updates: How many this start will make.
         always: Whether small runs are planned too.
         fixed: As in `plan_run`.
+        least: As in `plan_run`.
 
     Returns:
         The plan; None where the run is so small that nothing is to be planned, or where the plan
@@ -111,7 +139,7 @@ def plan_start(
     if not always and small(prepared):
         return None
     try:
-        planned = plan_run(prepared, progress, updates=updates, fixed=fixed)
+        planned = plan_run(prepared, progress, updates=updates, fixed=fixed, least=least)
     except InputError:
         raise
     except Exception as error:  # a plan that cannot be made must not stop a run that can

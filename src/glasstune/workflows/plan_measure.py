@@ -78,7 +78,7 @@ def dry_step(planned: Planned, adapted: AdaptedModel) -> float:
 
     prepared = planned.prepared
     rows, pad = prepared.schedule.micro, prepared.pad_id
-    batch = largest_batch(prepared.data.train, rows, pad)
+    batch = largest_batch(prepared.data.train, prepared.schedule.forward, pad)
     cuda = adapted.device.type == "cuda"
     was_training = adapted.model.training
     devices = [adapted.device] if cuda else []
@@ -118,7 +118,7 @@ def compared(planned: Planned, device: torch.device, seconds: float) -> PlanReco
     if device.type == "cuda":
         peak += record.parts["context"]
     schedule = planned.prepared.schedule
-    update = seconds * schedule.batch / schedule.micro
+    update = seconds * schedule.share / schedule.forward
     scale = update / record.seconds_per_update if record.seconds_per_update else 1.0
     return replace(
         record,

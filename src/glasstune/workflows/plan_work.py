@@ -28,7 +28,7 @@ _HERE = (
 class Work:
     """The numbers of one run."""
 
-    def __init__(self, prepared: Prepared, updates: int | None) -> None:
+    def __init__(self, prepared: Prepared, updates: int | None, least: int | None = None) -> None:
         from glasstune.models.inspect.source import open_source
         from glasstune.planner.host import host_of
         from glasstune.planner.model import MemoryModel
@@ -37,6 +37,8 @@ class Work:
         self.config = prepared.config
         self.total = prepared.schedule.total if updates is None else updates
         self.device: Device = device_of(prepared, self.total)
+        if prepared.sharded:  # nothing is grouped or compiled then
+            self.device = replace(self.device, fast=False, compiled=False)
         source = open_source(
             prepared.resolved.folder_or_id, trust_remote_code=prepared.resolved.trust_remote_code
         )
@@ -48,6 +50,26 @@ class Work:
         self.host = host_of(self.model) if self.device.kind == "cpu" else None
         self.device.measure(self.model, batch)
         self.limit, self.limit_reason = self.device.limit(self.config)
+        self._of_ranks(least)
+
+    def _of_ranks(self, least: int | None) -> None:
+        """Takes what several ranks leave each of them."""
+        from glasstune.planner.several import NCCL_BYTES, ddp, fsdp2, layer_weights
+
+        static, ranks = self.model.static, self.prepared.schedule.ranks
+        self.sharded_bytes, self.layer_bytes = layer_weights(self.model)
+        self.static, self.exchange = static, 0
+        if ranks == 1:
+            return
+        share = ddp(static, ranks)
+        if self.prepared.sharded:
+            share = fsdp2(static, ranks, sharded=self.sharded_bytes, layer=self.layer_bytes)
+        cuda = self.device.kind == "cuda"
+        self.static = share.static
+        self.exchange = share.workspace - (0 if cuda else NCCL_BYTES)
+        if least is not None and least + self.device.context < self.limit:
+            self.limit = least + self.device.context
+            self.limit_reason = "the rank that has least" if cuda else "shared by the ranks here"
 
     def _batch(self, rows: int) -> Batch:
         from glasstune.planner.shadow import packing_of
@@ -63,7 +85,7 @@ class Work:
             from glasstune.training.inputs import FixedShape
 
             schedule = self.prepared.schedule
-            shape = FixedShape.of_run(schedule.batch, schedule.micro, (data.train, data.validation))
+            shape = FixedShape.of_run(schedule.share, schedule.micro, (data.train, data.validation))
             batch = replace(batch, length=batch.length if shape is None else shape.length)
         return batch
 
@@ -82,7 +104,7 @@ class Work:
 
     def row_numbers(self) -> list[int]:
         """Returns the rows of a forward that may be tried: the schedule's, smaller equal parts."""
-        most, batch = self.prepared.schedule.micro, self.prepared.schedule.batch
+        most, batch = self.prepared.schedule.micro, self.prepared.schedule.share
         if self.asked_rows:
             return [most]
         parts = {-(-batch // forwards) for forwards in range(-(-batch // most), batch + 1)}
@@ -126,13 +148,14 @@ class Work:
         activations = (
             self.activations if batch == self.batch else self.model.scaled(batch, self.batch)
         )
-        static, host = self.model.static, self.host
+        static, host = self.static, self.host
         if host is not None:
             static = replace(static, base=static.base + host.mapped)
         return moments(
             static, activations, recompute,
             context=self.device.context if host is None else host.context,
-            workspace=self.device.library if host is None else host.packed_head,
+            workspace=self.exchange
+            + (self.device.library if host is None else host.packed_head),
             holes=self.device.slack if host is None else HOLES[self.config.audit.every_n_steps > 0],
         )  # fmt: skip
 
@@ -150,7 +173,7 @@ class Work:
         schedule = self.prepared.schedule
         share = rows * (length or self.batch.length) / self.batch.tokens
         flops = round(step_flops(self.activations, recompute) * share)
-        forwards = schedule.batch / rows * self.batch.length / (length or self.batch.length)
+        forwards = schedule.share / rows * self.batch.length / (length or self.batch.length)
         tokens = rows * (length or self.batch.length)
         traffic = step_traffic(self.activations, recompute) * share
         once = forward_seconds(
@@ -171,9 +194,11 @@ class Work:
         evaluation = self.evaluation_seconds(rows)
         layers = self.model.layers
         static = self.model.static
-        layer = static.base // max(1, layers)
+        sharded, layer = self.sharded_bytes, self.layer_bytes
         shares = [] if self.device.kind == "cpu" else [
-            share for count in _MANY for share in (ddp(static, count), fsdp2(static, count, layer))
+            share
+            for count in _MANY
+            for share in (ddp(static, count), fsdp2(static, count, sharded=sharded, layer=layer))
         ]  # fmt: skip
         saved = static.adapters + static.optimizer
         kept = (training.save_total_limit or 1) + (1 if data.validation is not None else 0)
@@ -240,8 +265,9 @@ class Work:
         training = self.config.training
         times = self.total // evaluation_interval(training, self.total)
         times += 1 if training.eval_on_start else 0
-        once = self.seconds(rows, Recompute(0)) / self.prepared.schedule.batch / 3
-        return times * once * validation.rows
+        schedule = self.prepared.schedule
+        once = self.seconds(rows, Recompute(0)) / schedule.share / 3
+        return times * once * -(-validation.rows // schedule.ranks)
 
     def _basis(self) -> dict[str, str]:
         from glasstune.planner.host import HOLES

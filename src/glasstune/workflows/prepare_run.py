@@ -35,6 +35,7 @@ class Prepared:
         schedule: Sizes and number of updates.
         pad_id: Padding token id.
         recompute: Layers computed again, where the plan has chosen.
+        strategy: How ranks share the model: `ddp` or `fsdp2`.
     """
 
     config: Config
@@ -46,6 +47,18 @@ class Prepared:
     schedule: Schedule
     pad_id: int
     recompute: Recompute | None = None
+    strategy: str = "ddp"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of the base."""
+        return self.strategy == "fsdp2" and self.schedule.ranks > 1
+
+    @property
+    def may_shard(self) -> bool:
+        """Whether the base may be sharded where it does not fit."""
+        asked = self.config.training.distributed.strategy
+        return asked == "auto" and self.schedule.ranks > 1 and not self.sharded
 
     def dry_run_record(self) -> DryRunRecord:
         """What `--dry-run` reports."""
@@ -113,7 +126,13 @@ def prepare(
         pad_id = choices.record(
             "pad_token_id", tokenizer.eos_token_id or 0, "no pad token; any id under the mask"
         )
-    return Prepared(config, choices, resolved, tokenizer, data, terms, schedule, int(pad_id))
+    asked = config.training.distributed.strategy
+    strategy = "fsdp2" if asked == "fsdp2" and ranks > 1 else "ddp"
+    if asked != "auto" and ranks == 1:
+        choices.record("training.distributed.strategy", "none", f"{asked}: there is one process")
+    return Prepared(
+        config, choices, resolved, tokenizer, data, terms, schedule, int(pad_id), strategy=strategy
+    )
 
 
 def check_supported(config: Config) -> None:

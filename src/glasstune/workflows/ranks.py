@@ -119,6 +119,7 @@ class Decided:
 
     Args:
         micro: Rows of a forward.
+        strategy: How ranks share the model.
         recompute: Layers computed again.
         training: `training` of the configuration, as resolved so far.
         record: The plan, or None.
@@ -126,6 +127,7 @@ class Decided:
     """
 
     micro: int
+    strategy: str
     recompute: Recompute | None
     training: TrainingConfig
     record: PlanRecord | None
@@ -136,6 +138,7 @@ class Decided:
         """Reads it from rank 0's."""
         return cls(
             prepared.schedule.micro,
+            prepared.strategy,
             prepared.recompute,
             prepared.config.training,
             None if planned is None else planned.record,
@@ -149,12 +152,28 @@ class Decided:
         mine = prepared.config.training
         mine.per_device_train_batch_size = self.training.per_device_train_batch_size
         mine.recompute = self.training.recompute
-        mine.distributed = self.training.distributed
         schedule = replace(prepared.schedule, micro=self.micro)
-        ready = replace(prepared, schedule=schedule, recompute=self.recompute)
+        ready = replace(
+            prepared, schedule=schedule, recompute=self.recompute, strategy=self.strategy
+        )
         if self.record is None:
             return ready, None
         return ready, Planned(self.record, ready, self.recompute or Recompute(0))
+
+
+def least_free(world: World, config: Config) -> int | None:
+    """Returns the free bytes of the rank that has least; None for one process."""
+    if world.size == 1:
+        return None
+    import torch
+
+    if config.model.device != "cpu" and torch.cuda.is_available():
+        mine = torch.cuda.mem_get_info()[0]
+    else:
+        from glasstune.planner.host import available_bytes
+
+        mine = available_bytes() // world.place.local_count
+    return int(min(world.gather(mine)))
 
 
 def joined(

@@ -21,7 +21,7 @@ from glasstune.workflows.open_model import complete_steps
 from glasstune.workflows.plan import Planned, plan_start, rows_of_run
 from glasstune.workflows.plan_measure import measured_start, memory_named
 from glasstune.workflows.prepare_run import Prepared, prepare
-from glasstune.workflows.ranks import Decided, alone, meet, same_rows
+from glasstune.workflows.ranks import Decided, alone, least_free, meet, same_rows
 
 if TYPE_CHECKING:
     from glasstune.training.checkpoint import Identity, LoopState
@@ -139,12 +139,13 @@ class _Session:
             InputError: `does_not_fit`.
         """
         decided = None
+        least = least_free(self.world, self.config)
         if self.world.writes:
             if resume:
                 self.prepared = rows_of_run(self.prepared, self.folder)
             self._left = self._updates_left(resume)
             self.planned = plan_start(
-                self.prepared, self.progress, self._left, always=always, fixed=resume
+                self.prepared, self.progress, self._left, always=always, fixed=resume, least=least
             )
             if self.planned is not None:
                 self.prepared = self.planned.prepared
@@ -277,12 +278,16 @@ class _Session:
         from glasstune.audit.live import LiveAudit
 
         audit = self.config.audit
+        every = audit.every_n_steps
+        if run.adapted.sharded and every:
+            text = "fsdp2: each backward gathers weights from all ranks; the gate reads gradients"
+            every = self.choices.record("audit.every_n_steps", 0, text)
         return LiveAudit(
             run.adapted.model,
             run.optimizer,
             self.folder,
-            every=audit.every_n_steps,
-            structure=audit.first_step_gate != "off",
+            every=every,
+            structure=audit.first_step_gate != "off" and not run.adapted.sharded,
             log_every=self.config.training.logging_steps,
             total=run.schedule.total,
             attempt=attempt,

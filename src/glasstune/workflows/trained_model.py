@@ -46,14 +46,66 @@ def open_trained(
     from glasstune.training.optimizer import make_optimizer
 
     config = prepared.config
-    base = load_base(config.model, prepared.resolved, choices=prepared.choices)
+    on_host = False
+    if prepared.sharded:
+        from glasstune.training.sharding import OFF
+
+        check_sharded(prepared)
+        plainly, on_host = OFF, config.model.bits != 4
+    base = load_base(config.model, prepared.resolved, choices=prepared.choices, on_host=on_host)
     speed = choose_speed(prepared, base.device, updates, plainly)
     adapted = _adapt(prepared, base, note, speed)
+    if prepared.sharded:
+        _shard(prepared, adapted)
     parameters = trainable(adapted.model)
     optimizer = make_optimizer(parameters, config.training)
     budget = 1.0 if prepared.recompute is None else prepared.recompute.budget
     speed.apply(adapted, prepared.choices, list(parameters.values()), budget)
     return adapted, parameters, optimizer
+
+
+def check_sharded(prepared: Prepared) -> None:
+    """Refuses, before anything is loaded, what a run with a sharded base cannot do.
+
+    Raises:
+        InputError: `cannot_shard`.
+    """
+    from glasstune.core.errors import InputError
+
+    model = prepared.config.model
+    asked = {"llm_int8_threshold", "llm_int8_has_fp16_weight"} & set(model.quantization)
+    if model.bits == 8 and (model.int8_compute == "llm_int8" or asked):
+        raise InputError(
+            "cannot_shard",
+            "bitsandbytes' Linear8bitLt (model.int8_compute: llm_int8) cannot be sharded by fsdp2",
+            where="model.int8_compute",
+            fix="set model.int8_compute: w8a16, without llm_int8_threshold and "
+            "llm_int8_has_fp16_weight",
+        )
+    more = [t.name for t in prepared.terms if t.function is not None or t.name == "kl_to_base"]
+    if more:
+        raise InputError(
+            "cannot_shard",
+            f"loss term {more[0]!r} runs forwards of its own, as many as a rank has rows for: with "
+            "fsdp2 all ranks must run the same number",
+            where="losses",
+            fix="leave the term out, or set training.distributed.strategy: ddp",
+        )
+
+
+def _shard(prepared: Prepared, adapted: AdaptedModel) -> None:
+    from glasstune.core.units import format_bytes
+    from glasstune.models.load import choose_device
+    from glasstune.training.sharding import shard_base
+
+    adapted.device = choose_device(prepared.config.model.device, prepared.choices)
+    ranks, train = prepared.schedule.ranks, prepared.data.train
+    held = shard_base(adapted.model, adapted.device, ranks)
+    adapted.filler = train.micro_batch([train.rows - 1], 0, prepared.pad_id)
+    prepared.choices.record(
+        "training.distributed.sharded_bytes", held,
+        f"{format_bytes(held)} of the layers' weights are on each of {ranks} ranks",
+    )  # fmt: skip
 
 
 def first_step_gate(

@@ -124,7 +124,7 @@ def choose_speed(
     if not compiled:
         return SpeedChoice(False, device.type != "cpu", reason)
     schedule, data = prepared.schedule, prepared.data
-    shape = FixedShape.of_run(schedule.batch, schedule.micro, (data.train, data.validation))
+    shape = FixedShape.of_run(schedule.share, schedule.micro, (data.train, data.validation))
     return SpeedChoice(
         True, True, reason, shape,
         splits=len(prepared.terms) > 1 and config.audit.every_n_steps > 0,

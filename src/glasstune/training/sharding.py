@@ -1,0 +1,100 @@
+"""FSDP2 of the frozen base: each rank holds a part of every decoder layer's weights.
+
+Weights are sharded as they are stored (int8 rows, 4-bit bytes, 16-bit floats) and gathered for a
+layer's own pass. What is small stays whole on every rank: adapters with their gradients and
+optimiser states, embeddings, head and last norm, int8 scales and the 4-bit states.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from glasstune.core.errors import InputError
+from glasstune.models.head import causal_model
+from glasstune.models.packed import is_four_bit
+from glasstune.training.recompute import decoder_layers
+
+OFF = "fsdp2 gathers a layer's weights for its own pass: joined products and graphs keep their own"
+"""Why nothing is grouped or compiled."""
+
+
+def check_shardable(model: nn.Module) -> None:
+    """Refuses what cannot be sharded.
+
+    Raises:
+        InputError: `cannot_shard`: LLM.int8 layers, or a family without separate layers.
+    """
+    for path, module in model.named_modules():
+        if type(module).__name__ == "Linear8bitLt":
+            raise InputError(
+                "cannot_shard",
+                f"{path} is bitsandbytes' Linear8bitLt, whose weight cannot be sharded by fsdp2",
+                where="model.int8_compute",
+                fix="set model.int8_compute: w8a16 (without llm_int8_threshold and "
+                "llm_int8_has_fp16_weight), or training.distributed.strategy: ddp",
+            )
+    if not decoder_layers(model):
+        raise InputError(
+            "cannot_shard",
+            f"{type(causal_model(model)).__name__} has no separate decoder layers to shard",
+            where="training.distributed.strategy",
+            fix="set training.distributed.strategy: ddp",
+        )
+
+
+def shard_base(model: nn.Module, device: torch.device, ranks: int) -> int:
+    """Shards the frozen weights of every decoder layer over all ranks, in place.
+
+    Layers are moved to the device one at a time, so a base that lies in the host's memory never is
+    on the device as a whole.
+
+    Args:
+        model: An adapted model, the same on every rank.
+        device: Of this rank.
+        ranks: All of them.
+
+    Returns:
+        Bytes of this rank's parts.
+
+    Raises:
+        InputError: `cannot_shard`.
+    """
+    check_shardable(model)
+    mesh = init_device_mesh(device.type, (ranks,))
+    for layer in decoder_layers(model):
+        _move(layer, device)
+        for module in layer.modules():
+            if is_four_bit(module):
+                _make_plain(module)
+        trained = {value for value in layer.parameters() if value.requires_grad}
+        fully_shard(layer, mesh=mesh, ignored_params=trained)
+    _move(model, device)
+    whole = {value for value in model.parameters() if not isinstance(value, DTensor)}
+    # The layers' common root: with it, a layer's weights come while the one before is computed.
+    fully_shard(causal_model(model).base_model, mesh=mesh, ignored_params=whole)
+    parts = [value.to_local() for value in model.parameters() if isinstance(value, DTensor)]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def _make_plain(linear: Any) -> None:
+    """Leaves the packed bytes as a plain parameter; bitsandbytes finds the state in the module."""
+    weight = linear.weight
+    linear.quant_state = getattr(weight, "quant_state", None) or linear.quant_state
+    linear.weight = nn.Parameter(weight.data, requires_grad=False)
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Moves what is not sharded yet: `Module.to` refuses quantised models."""
+    for module in model.modules():
+        for tensor in module._parameters.values():
+            if tensor is not None and not isinstance(tensor, DTensor) and tensor.device != device:
+                tensor.data = tensor.data.to(device)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
