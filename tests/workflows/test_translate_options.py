@@ -147,6 +147,7 @@ SAME = {
     "save_total_limit": ("training.save_total_limit", "3"),
     "logging_steps": ("training.logging_steps", "10"),
     "eval_steps": ("training.eval_steps", "20"),
+    "ddp_timeout": ("training.distributed.timeout_seconds", "90"),
     "seed": ("training.seed", "7"),
     "run_name": ("training.run_name", "12"),
     "output_dir": ("training.output_dir", "2023"),
@@ -161,9 +162,10 @@ SAME = {
 @pytest.mark.parametrize("name", SAME)
 def test_the_value_of_an_option_arrives(name: str) -> None:
     key, word = SAME[name]
-    section, leaf = key.split(".")
-    config, _ = translated(f"--{name} {word}")
-    assert getattr(getattr(config, section), leaf) == getattr(theirs(f"--{name}", word), name)
+    found: Any = translated(f"--{name} {word}")[0]
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == getattr(theirs(f"--{name}", word), name)
 
 
 def test_what_is_not_given_has_the_parsers_default() -> None:
@@ -254,6 +256,8 @@ def test_options_that_cancel_each_other_there() -> None:
         ("label_smoothing_factor 0.1", "optim", "adamw_torch", "no such regulariser"),
         ("group_by_length True", "seed", 0, "random"),
         ("dataloader_drop_last True", "seed", 0, "smaller update"),
+        ("fsdp 'full_shard offload'", "seed", 0, "fsdp: offload"),
+        ("fsdp full_shard", "seed", 0, ""),
         ("lora_rank 8", "seed", 0, ""),
         ("lerning_rate 1", "seed", 0, "did you mean learning_rate?"),
     ],
@@ -274,6 +278,14 @@ def test_precisions_and_devices() -> None:
     assert translated("--lora_rank 8")[0].adapter.r == 8
     text = "accelerate launch --mixed_precision bf16 fine-tune.py --use_lora"
     assert load_text(init("m", "d", from_file=text).text).config.model.dtype == "bfloat16"
+
+
+def test_a_value_that_does_not_fit_is_named() -> None:
+    with pytest.raises(InputError, match="num_train_epochs: expected a number above 0") as caught:
+        translated("--num_train_epochs many")
+    assert caught.value.where.startswith("the translation:")
+    _, result = translated("--deepspeed", "1" * 400)
+    assert "is not here" in result.lost[0]
 
 
 def test_a_short_name_is_completed_as_argparse_does() -> None:

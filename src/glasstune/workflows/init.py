@@ -87,7 +87,7 @@ def init(
         )
     else:
         result = _looked_at(model, data, trust_remote_code)
-    load_text(result.text, "the written config")
+    load_text(result.text, "the written config" if from_file is None else "the translation")
     if output is not None:
         write_text_atomic(output, result.text)
         result.output = str(output)

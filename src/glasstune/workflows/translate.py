@@ -18,7 +18,7 @@ from glasstune.core.config_fields import known_keys
 from glasstune.core.config_names import FLAT, FOREIGN, translate
 from glasstune.core.errors import InputError
 from glasstune.core.yaml_text import YamlDocument, parse_yaml
-from glasstune.workflows.translate_command import Command, looks_like_command, read_command
+from glasstune.workflows.translate_command import Command, is_file, looks_like_command, read_command
 from glasstune.workflows.translate_deepspeed import apply_deepspeed
 from glasstune.workflows.translate_launch import apply_launcher, rows_of_update
 from glasstune.workflows.translate_trainer import OPTIONS, TRAINER, Translated, fill, settle
@@ -32,16 +32,9 @@ def translate_text(text: str) -> Translated:
     """
     if text == "-":
         return translate_read(sys.stdin.read(), "standard input", Path("."))
-    if looks_like_command(text) and not _is_file(text):
+    if looks_like_command(text) and not is_file(Path(text)):
         return translate_read(text, "--from", Path("."))
     return translate_file(Path(text))
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # longer than any path
-        return False
 
 
 def translate_file(path: Path) -> Translated:

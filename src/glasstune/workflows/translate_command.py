@@ -75,6 +75,14 @@ class Command:
     lost: list[str] = field(default_factory=list)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a text that is no path at all is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # longer than any path
+        return False
+
+
 def looks_like_command(text: str) -> bool:
     """Whether a text is a command line itself, not the path of a file that holds one."""
     return len(text.split()) > 1 and _OPTION.search(text) is not None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glasstune.core.errors import InputError
+from glasstune.workflows.translate_command import is_file
 from glasstune.workflows.translate_trainer import Translated
 
 _SPEED = frozenset(
@@ -74,7 +75,7 @@ def apply_deepspeed(
         content, name = asked, "deepspeed"
     else:
         name = str(asked)
-        file = next((f / name for f in folders if (f / name).is_file()), None)
+        file = next((f / name for f in folders if is_file(f / name)), None)
         if file is None:
             result.lost.append(
                 f"deepspeed: {name} is not here, so what it sets is not translated (optimiser and "
@@ -101,6 +102,10 @@ def _read(file: Path) -> dict[str, Any]:
             "from_unreadable", "holds no JSON object", where=str(file), fix="give the right file"
         )
     return content
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _confirm(given: dict[str, Any], option: str, value: Any, key: str, where: str) -> None:
@@ -142,14 +147,13 @@ _KEYS = {
 
 
 def _zero(given: dict[str, Any], value: Any, where: str, result: Translated) -> None:
-    if not isinstance(value, dict):
-        return
+    value = _mapping(value)
     stage = value.get("stage", 0)
-    if stage in _SHARDS:
+    if isinstance(stage, int) and stage in _SHARDS:
         result.notes.append(
             f"deepspeed: ZeRO stage {stage} spreads {_SHARDS[stage]} over devices and changes no "
-            "result; with LoRA only the adapter has gradients and optimiser state, and "
-            "model.bits: 8 or 4 makes the frozen weights smaller"
+            "result; of LoRA only the adapter has gradients and optimiser state, and the frozen "
+            "weights are spread where they do not fit (training.distributed.strategy: auto)"
         )
     old = {"offload_optimizer": "cpu_offload", "offload_param": "cpu_offload_params"}
     where_to = {
@@ -165,9 +169,8 @@ def _zero(given: dict[str, Any], value: Any, where: str, result: Translated) -> 
 
 
 def _optimizer(given: dict[str, Any], value: Any, where: str, result: Translated) -> None:
-    if not isinstance(value, dict):
-        return
-    kind, params = str(value.get("type", "AdamW")), value.get("params") or {}
+    value = _mapping(value)
+    kind, params = str(value.get("type", "AdamW")), _mapping(value.get("params"))
     if kind.lower() not in ("adam", "adamw") or params.get("adam_w_mode") is False:
         said = f"{kind} without adam_w_mode" if kind.lower() in ("adam", "adamw") else kind
         result.lost.append(
@@ -193,9 +196,8 @@ def _optimizer(given: dict[str, Any], value: Any, where: str, result: Translated
 
 
 def _scheduler(given: dict[str, Any], value: Any, where: str, result: Translated) -> None:
-    if not isinstance(value, dict):
-        return
-    kind, params = str(value.get("type")), value.get("params") or {}
+    value = _mapping(value)
+    kind, params = str(value.get("type")), _mapping(value.get("params"))
     if kind not in _SCHEDULES:
         result.lost.append(
             f"deepspeed: its schedule {kind} wins there over --lr_scheduler_type and is not here"

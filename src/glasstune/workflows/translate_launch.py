@@ -150,5 +150,5 @@ def rows_of_update(result: Translated, number: int | None, given: dict[str, Any]
     elif number > 1:
         result.notes.append(
             f"training.train_batch_size: {rows * forwards * number} is {arithmetic} x {number} "
-            "devices: the same update on any number of them"
+            f"devices: the same update on any number of them; train --nproc {number} starts as many"
         )

@@ -75,7 +75,17 @@ def settle(given: dict[str, Any], result: Translated) -> dict[str, Any]:
                 result.lost.append(f"{name}: {_say(value)} has no counterpart: {_UNUSED[name]}")
         elif name in _DEFAULTS and given[name] == _DEFAULTS[name]:
             del kept[name]
-    for rule in (_aliases, _warmup, _schedule, _optimiser, _saving, _intervals, _sinks, _best):
+    for rule in (
+        _aliases,
+        _devices,
+        _warmup,
+        _schedule,
+        _optimiser,
+        _saving,
+        _intervals,
+        _sinks,
+        _best,
+    ):
         rule(kept, result)
     return kept
 
@@ -84,13 +94,21 @@ def _say(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _section(given: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns one of our own sections among the options; a text of that name gives way."""
+    if not isinstance(given.get(name), dict):
+        given[name] = {}
+    section: dict[str, Any] = given[name]
+    return section
+
+
 def _aliases(given: dict[str, Any], result: Translated) -> None:
     for old, new in (("per_gpu_train_batch_size", "per_device_train_batch_size"),):
         if old in given:
             given.setdefault(new, given.pop(old))
     for name in ("use_cpu", "no_cuda"):
         if given.pop(name, None) is True:
-            given.setdefault("model", {})["device"] = "cpu"
+            _section(given, "model")["device"] = "cpu"
             result.notes.append(f"{name}: true is model.device: cpu here")
     if given.pop("adafactor", None) is True:
         given["optim"] = "adafactor"
@@ -100,6 +118,24 @@ def _aliases(given: dict[str, Any], result: Translated) -> None:
             f"auto_find_batch_size: {asked} rows stay an update; rows of one forward follow from "
             "the memory plan"
         )
+
+
+def _devices(given: dict[str, Any], result: Translated) -> None:
+    limit = given.pop("ddp_timeout", None)
+    if isinstance(limit, int) and not isinstance(limit, bool):
+        _section(given, "training")["distributed"] = {"timeout_seconds": limit}
+        result.notes.append(
+            f"ddp_timeout: {limit} is training.distributed.timeout_seconds: {limit} here"
+        )
+    asked = given.pop("fsdp", None)
+    if asked:
+        words = asked if isinstance(asked, list) else [asked]
+        result.notes.append(
+            f"fsdp: {' '.join(map(str, words))}: the frozen weights are spread over devices where "
+            "they do not fit (training.distributed.strategy: auto; fsdp2 always does)"
+        )
+        if "offload" in " ".join(map(str, words)):
+            result.lost.append("fsdp: offload has no counterpart: model.bits: 8 or 4 is smaller")
 
 
 def _warmup(given: dict[str, Any], result: Translated) -> None:
