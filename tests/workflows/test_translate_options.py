@@ -130,6 +130,58 @@ def test_no_option_is_lost_in_silence(name: str) -> None:
     assert config != PLAIN[0] or said, "neither set nor said"
 
 
+OF_2023 = {
+    "overwrite_output_dir": ("False", "True"),
+    "evaluation_strategy": ("no", "steps"),
+    "per_gpu_train_batch_size": ("8", "2"),
+    "per_gpu_eval_batch_size": ("", "2"),
+    "warmup_ratio": ("0.0", "0.1"),
+    "logging_dir": ("", "x"),
+    "save_safetensors": ("False", "True"),
+    "no_cuda": ("False", "True"),
+    "use_mps_device": ("False", "True"),
+    "jit_mode_eval": ("False", "True"),
+    "use_ipex": ("False", "True"),
+    "fp16_opt_level": ("O1", "O2"),
+    "half_precision_backend": ("auto", "apex"),
+    "tpu_num_cores": ("", "8"),
+    "tpu_metrics_debug": ("False", "True"),
+    "past_index": ("-1", "1"),
+    "sharded_ddp": ("''", "simple"),
+    "fsdp_min_num_params": ("0", "100"),
+    "fsdp_transformer_layer_cls_to_wrap": ("", "DecoderLayer"),
+    "adafactor": ("False", "True"),
+    "group_by_length": ("False", "True"),
+    "use_legacy_prediction_loop": ("False", "True"),
+    "include_inputs_for_metrics": ("False", "True"),
+    "fp16_backend": ("auto", "apex"),
+    "push_to_hub_model_id": ("", "x"),
+    "push_to_hub_organization": ("", "x"),
+    "push_to_hub_token": ("", "x"),
+    "mp_parameters": ("''", "x"),
+    "torchdynamo": ("", "inductor"),
+    "ray_scope": ("last", "all"),
+    "dispatch_batches": ("", "True"),
+}
+"""Options of transformers 4.33, with which the script was published, that are gone since; their
+default (empty: None) and another value."""
+
+
+@pytest.mark.parametrize("name", OF_2023)
+def test_options_of_the_scripts_own_time(name: str) -> None:
+    default, other = OF_2023[name]
+    if default:
+        config, result = translated(f"--{name} {default}")
+        config.training.per_device_train_batch_size = "auto"
+        assert config == PLAIN[0]
+        assert not result.lost
+    config, result = translated(f"--{name} {other}")
+    assert not any("not known here" in text for text in result.lost), result.lost
+    said = [text for text in (*result.lost, *result.notes) if name in text]
+    changes = config != PLAIN[0] or name in ("save_safetensors",)  # safetensors are written anyway
+    assert changes or said, "neither set nor said"
+
+
 SAME = {
     "learning_rate": ("training.learning_rate", "3e-5"),
     "weight_decay": ("training.weight_decay", "1e-4"),

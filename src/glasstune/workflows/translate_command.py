@@ -31,7 +31,7 @@ _SWITCH_NAMES = (
     "restore_callback_states_from_checkpoint save_on_each_node save_only_model save_safetensors "
     "skip_memory_metrics split_batches tf32 torch_compile use_cache use_cpu use_ipex "
     "use_legacy_prediction_loop use_liger_kernel use_lora use_mps_device "
-    "include_num_input_tokens_seen"
+    "include_num_input_tokens_seen tpu_metrics_debug dispatch_batches"
 )
 _TEXT_NAMES = (
     "adapter_name_or_path cache_dir data_path dataset_name ddp_backend eval_data_path hub_model_id "

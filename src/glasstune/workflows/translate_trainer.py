@@ -103,9 +103,8 @@ def _section(given: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _aliases(given: dict[str, Any], result: Translated) -> None:
-    for old, new in (("per_gpu_train_batch_size", "per_device_train_batch_size"),):
-        if old in given:
-            given.setdefault(new, given.pop(old))
+    if "per_gpu_train_batch_size" in given:
+        given["per_device_train_batch_size"] = given.pop("per_gpu_train_batch_size")
     for name in ("use_cpu", "no_cuda"):
         if given.pop(name, None) is True:
             _section(given, "model")["device"] = "cpu"
@@ -260,7 +259,7 @@ _REASONS = {
     "include_tokens_per_second logging_strategy",
     "the held-out loss is one number over all rows": "eval_delay eval_do_concat_batches "
     "eval_use_gather_object include_for_metrics include_inputs_for_metrics batch_eval_metrics "
-    "greater_is_better label_names past_index use_legacy_prediction_loop",
+    "greater_is_better label_names per_gpu_eval_batch_size past_index use_legacy_prediction_loop",
     "a signal always saves a checkpoint": "enable_jit_checkpoint",
     "nothing is sent anywhere": "hub_private_repo hub_always_push hub_revision "
     "push_to_hub_model_id push_to_hub_organization push_to_hub_token",
