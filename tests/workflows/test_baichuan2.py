@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from baichuan import save_baichuan
-from baichuan_server import LENGTH, prompts, rows_of
+from baichuan_server import ASSISTANT, LENGTH, USER, prompts, rows_of
 from peft import get_peft_model_state_dict
 from runs import adapter_weights, events
 from safetensors.torch import load_file
@@ -281,8 +281,28 @@ def test_an_adapter_of_2023_is_used_as_it_is(
     content = json.loads((adapter / "adapter_config.json").read_text())
     content["base_model_name_or_path"] = str(old.base)
     (adapter / "adapter_config.json").write_text(json.dumps(content))
+    # It was trained by the script's rule, so it is asked by it.
+    opened = open_model(str(adapter), dtype="float32")
+    ids = opened.tokenizer("你好", add_special_tokens=False)["input_ids"]
+    question = [{"role": "user", "content": "你好"}]
+    assert opened.template.render_prompt(question) == [USER, *ids, ASSISTANT]
     answers = asked(capsys, "generate", str(adapter), "--prompt", "你好", "--max-new-tokens", "2")
     assert len(answers["answers"]) == 1
+
+
+def test_a_chat_checkpoint_is_asked_by_its_rule(tmp_path: Path) -> None:
+    base = save_baichuan(tmp_path / "m")
+    opened = open_model(str(base))
+    question = [{"role": "user", "content": "a"}]
+    assert opened.template.render_prompt(question)[0] == USER
+    file = base / "generation_config.json"
+    content = json.loads(file.read_text()) | {"user_token_id": 197, "assistant_token_id": 198}
+    file.write_text(json.dumps(content))
+    ids = open_model(str(base)).template.render_prompt(question)
+    assert (ids[0], ids[-1]) == (197, 198)
+    del content["user_token_id"]
+    file.write_text(json.dumps(content))
+    assert open_model(str(base)).template.kind == "none"  # a base model goes on with a text
 
 
 def test_a_tokenizer_with_new_tokens_goes_with_the_merged_model(old: Old, tmp_path: Path) -> None:
@@ -393,7 +413,7 @@ def test_it_merges_with_a_certificate_and_answers(
     opened = open_model(str(merged))
     ids = opened.tokenizer("你好", add_special_tokens=False)["input_ids"]
     asked_of = [{"role": "user", "content": "你好"}]
-    assert opened.template.render_prompt(asked_of) == [195, *ids, 196]
+    assert opened.template.render_prompt(asked_of) == [USER, *ids, ASSISTANT]
     words = ["generate", str(merged), "--prompt", "你好", "--max-new-tokens", "3"]
     assert len(asked(capsys, *words)["answers"]) == 1
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好\n".encode())))

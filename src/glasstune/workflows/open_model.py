@@ -154,6 +154,7 @@ def open_model(
     tokenizer, template = _tokenizer(location, resolved.folder_or_id, choices)
     facts = model_facts(resolved.config)
     base = load_base(config, resolved, choices=choices)
+    template = _familys_rule(template, base, location.adapter is not None, choices)
     if facts.can_pack and packs:
         install_packing(base)
     split = split_head(base)  # before adapters: its probe runs outside autocast
@@ -203,6 +204,33 @@ def _tokenizer(location: Location, base: str, choices: Choices) -> tuple[Any, Ch
         return tokenizer, load_template(adapter, tokenizer)
     tokenizer = load_tokenizer(base, trust_remote_code=trust)
     return tokenizer, load_template(Path(base), tokenizer)
+
+
+def _familys_rule(
+    template: ChatTemplate, base: Any, adapted: bool, choices: Choices
+) -> ChatTemplate:
+    """Baichuan's checkpoints have no template: their format is a rule in code, ids 195 and 196.
+
+    An adapter without a saved template is one of the published script, which trains by that rule;
+    a checkpoint that was tuned for chat names the ids in its generation config.
+    """
+    if template.kind != "none" or base.config.model_type != "baichuan":
+        return template
+    from glasstune.data.template import resolve_template
+
+    settings = base.generation_config
+    names = {"user": "user_token_id", "assistant": "assistant_token_id"}
+    found = {key: getattr(settings, name, None) for key, name in names.items()}
+    named = {key: value for key, value in found.items() if isinstance(value, int)}
+    known = named.keys() == names.keys()
+    if not (adapted or known):
+        return template
+    reason = "the adapter has no template, and the published script trains by this rule"
+    choices.record(
+        "data.chat_template", "baichuan2", reason if adapted else "generation_config.json names ids"
+    )
+    markers = named if known else None
+    return resolve_template(template.tokenizer, "baichuan2", {}, markers=markers)
 
 
 def is_run(folder: Path) -> bool:
