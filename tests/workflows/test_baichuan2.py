@@ -79,6 +79,8 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Old:
     base = save_baichuan(folder / "Baichuan2", dtype="float32")
     for name in CODE:
         shutil.copy(SUPPORT / "baichuan_code" / name, base / name)
+    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # no chat checkpoint's
+    (base / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     rows = folder / "rows.json"
     rows.write_text(json.dumps(ROWS, ensure_ascii=False), encoding="utf-8")
     outside("tune", base, rows, folder, cache=folder / "modules")
