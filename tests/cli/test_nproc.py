@@ -45,6 +45,7 @@ def one(tiny_llama, qa_file, several, tmp_path_factory) -> Path:
     return output
 
 
+@SLOW
 def test_nproc_starts_torchrun_and_gives_the_record_of_rank_0(
     tiny_llama, qa_file, tmp_path, one
 ) -> None:

@@ -18,7 +18,10 @@ from glasstune.core.ranks import Rank, this_rank
 from glasstune.training.peers import Peers
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+SLOW = pytest.mark.slow(reason="the silence of a process that is gone has to last")
+
+
+@pytest.mark.parametrize("victim", [pytest.param(1, marks=SLOW), 0])
 def test_a_killed_rank_ends_the_others_soon(tiny_llama, qa_file, tmp_path, several, victim) -> None:
     """Rank 0 keeps the meeting place: its end is noticed too. The last checkpoint is good."""
     output = tmp_path / "run"
@@ -41,6 +44,7 @@ def test_a_killed_rank_ends_the_others_soon(tiny_llama, qa_file, tmp_path, sever
     assert [step for step, _, _ in steps(output)] == list(range(1, done + 3))
 
 
+@SLOW
 def test_a_stopped_rank_is_noticed_by_its_silence(tiny_llama, qa_file, tmp_path, several) -> None:
     """Its connections stay open, and nothing but the heartbeat tells."""
     output = tmp_path / "run"
@@ -93,6 +97,7 @@ def test_a_rank_with_something_of_its_own_is_named(
     assert "rank 1" in error
 
 
+@SLOW
 def test_a_wrong_config_is_said_once(tiny_llama, qa_file, tmp_path, several) -> None:
     config = written(tiny_llama, qa_file, tmp_path / "run")
     ended = several.run(["train", str(config), "training.lerning_rate=1"], 2)
@@ -223,3 +228,36 @@ loop.move = move
     assert ended.codes == [1, 1]
     (error,) = ended.errors()
     assert "after update 4 rank 1 holds other weights than rank 0 in 1 of" in error
+
+
+@SLOW
+def test_a_rank_that_hangs_in_its_device_ends_before_torchrun_kills_it(
+    tiny_llama, qa_file, tmp_path, several
+) -> None:
+    """A GPU's collective never returns when a rank dies, and no Python runs in the main thread.
+
+    torchrun sends SIGTERM to the others then, and SIGKILL after 30 s.
+    """
+    hang = """
+import os
+import glasstune.training.loop as loop
+real = loop.launch_update
+def launch(adapted, terms, batches, step, *rest, **options):
+    if step == 4:
+        os.read(os.pipe()[0], 1)
+    return real(adapted, terms, batches, step, *rest, **options)
+loop.launch_update = launch
+"""
+    output = tmp_path / "run"
+    config = written(tiny_llama, qa_file, output)
+    pids = several.start(["train", str(config)], 2, patches={0: hang})
+    wait_for_steps(output, 3)
+    os.kill(pids[1], signal.SIGKILL)
+    os.kill(pids[0], signal.SIGTERM)
+    started = time.monotonic()
+    ended = several.end()
+    assert time.monotonic() - started < 25
+    assert ended.codes == [1, -signal.SIGKILL]
+    (error,) = ended.errors()
+    assert "rank 1 on" in error
+    assert "is gone" in error

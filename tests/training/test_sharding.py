@@ -33,7 +33,13 @@ def options(kind: str, strategy: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+SLOW = pytest.mark.slow(reason="up to three processes on two cores")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["4 bit", *(pytest.param(kind, marks=SLOW) for kind in KINDS if kind != "4 bit")],
+)
 def test_a_sharded_base_trains_the_same_adapter(
     tiny_llama, qa_file, tmp_path, several, kind
 ) -> None:
@@ -125,6 +131,7 @@ def test_the_plan_shards_what_does_not_fit(deep, qa_file, tmp_path, several) -> 
     assert plan_run(prepared, QuietProgress()).prepared.strategy == "ddp"
 
 
+@SLOW
 def test_ranks_follow_the_plan_of_the_first(deep, qa_file, tmp_path, several) -> None:
     """Rank 1 plans nothing itself: it shards because rank 0 has found that it must."""
     output = tmp_path / "run"
@@ -145,3 +152,14 @@ def test_ranks_follow_the_plan_of_the_first(deep, qa_file, tmp_path, several) ->
     assert ended.codes == [0, 0], ended.log
     assert "training.distributed.strategy: fsdp2 (with the whole base on each device" in ended.log
     assert json.loads((output / "run.json").read_text())["ranks"]["strategy"] == "fsdp2"
+
+
+@SLOW
+def test_a_sharded_run_is_merged_like_any_other(tiny_llama, qa_file, tmp_path, several) -> None:
+    from glasstune.workflows.merge import merge
+
+    output = tmp_path / "run"
+    config = written(tiny_llama, qa_file, output, **options("4 bit", "fsdp2"))
+    assert several.run(["train", str(config)], 2).codes == [0, 0]
+    certificate = merge(str(output), tmp_path / "merged", progress=QuietProgress())
+    assert certificate.passed

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -231,7 +232,8 @@ class World:
         if error is not None:
             self.peers.failed(error)
         self.peers.stop()
-        if self._owns_group and dist.is_initialized():
+        # NCCL would wait for a collective that a lost rank never joins.
+        if self._owns_group and (error is None or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
 
 
@@ -285,6 +287,9 @@ def join(rank: Rank, hello: Mapping[str, Any], *, device: str, timeout: float) -
 
 def _take_gpu(rank: Rank) -> None:
     count = torch.cuda.device_count()
+    if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        torch.cuda.set_device(0)  # the launcher has given each process its own
+        return
     if rank.local >= count:
         raise InputError(
             "no_gpu_for_rank",

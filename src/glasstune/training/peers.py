@@ -8,8 +8,10 @@ that fails says why in the store; the others end with its name and its words.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -30,6 +32,8 @@ LOST_SECONDS = 25.0
 """Silence after which a process counts as gone."""
 GRACE_SECONDS = 15.0
 """What the main thread gets to end by itself, once another process is known to be gone."""
+HURRY_SECONDS = 6.0
+"""The same once a signal has come: torchrun sends one when a process dies, and kills 30 s later."""
 _LOOK_SECONDS = 3.0
 """How long a failed collective waits for the reason."""
 _DONE = "done"
@@ -63,6 +67,8 @@ class Peers:
         self._thread: threading.Thread | None = None
         self._heard: dict[int, tuple[str, float]] = {}
         self._told = False
+        self._signals: tuple[int, int] | None = None
+        self._hurry = False
 
     def _connect(self, timeout: float, hosts_it: bool = False) -> Any:
         limit = timedelta(seconds=timeout)
@@ -131,9 +137,16 @@ class Peers:
                 raise self._of_failure(index, one["error"])
         self.hosts = {index: str(one["host"]) for index, one in enumerate(found)}
         self.nodes = {index: int(one["node"]) for index, one in enumerate(found)}
+        self._hear_signals()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
         return found
+
+    def _hear_signals(self) -> None:
+        """Has the thread told of signals that the main thread, in a collective, cannot see."""
+        if threading.current_thread() is threading.main_thread():
+            self._signals = os.pipe2(os.O_NONBLOCK)
+            signal.set_wakeup_fd(self._signals[1], warn_on_full_buffer=False)
 
     def _missing(self, first: int) -> RunError:
         absent = [first]
@@ -219,7 +232,7 @@ class Peers:
             return self._without_store(error)
         if others:
             return self._of_failure(*others[0])
-        lost = self._silent(LOST_SECONDS)
+        lost = self._silent(min(LOST_SECONDS, HURRY_SECONDS) if self._hurry else LOST_SECONDS)
         return self._of_silence(lost) if lost else None
 
     def explained(self, error: BaseException) -> RunError:
@@ -299,6 +312,9 @@ class Peers:
         count = 0
         while not self._ended.wait(BEAT_SECONDS):
             count += 1
+            if self._signals is not None and not self._hurry:
+                with contextlib.suppress(BlockingIOError):
+                    self._hurry = bool(os.read(self._signals[0], 16))
             try:
                 self._own.set(f"beat/{self.rank.index}", str(count))
                 beats = [value.decode() for value in self._own.multi_get(keys)]
@@ -315,7 +331,7 @@ class Peers:
 
     def _end_with(self, error: RunError) -> None:
         """Gives the main thread a moment; one that hangs in a device's collective never ends."""
-        if self._ended.wait(GRACE_SECONDS):
+        if self._ended.wait(min(GRACE_SECONDS, HURRY_SECONDS) if self._hurry else GRACE_SECONDS):
             return
         if not error.said:
             sys.stderr.write(f"error: {error.where}: {error.message}\nhint: {error.fix}\n")
@@ -329,6 +345,11 @@ class Peers:
         self._ended.set()
         if self._thread is not None:
             self._thread.join(2 * BEAT_SECONDS)
+        if self._signals is not None:
+            signal.set_wakeup_fd(-1)
+            for end in self._signals:
+                os.close(end)
+            self._signals = None
         try:
             self._own.set(f"beat/{self.rank.index}", _DONE)
             if self._hosts_it:

@@ -46,7 +46,7 @@ def train(
         resume: True for the newest complete checkpoint, or `step-N`.
         overwrite: Whether a run in the output folder is replaced.
         dry_run: Only checks data and resolves the config; no weights are read.
-        progress: Bars and log; None draws them on a terminal.
+        progress: Bars and log; None draws them on a terminal, on the first rank.
         notes: Translations of foreign names, recorded in `run.json`.
 
     Returns:
@@ -58,9 +58,10 @@ def train(
         StoppedBySignal: SIGINT or SIGTERM; a checkpoint was saved.
     """
     if progress is None:
-        from glasstune.reports.terminal import RichProgress
+        from glasstune.reports.ranks import progress_of
 
-        progress = RichProgress()
+        rank = this_rank()
+        progress = progress_of(rank.index, rank.logs)
     world = meet(config, resume=resume, overwrite=overwrite, dry_run=dry_run)
     try:
         record = _train(config, world, resume, overwrite, dry_run, progress, notes)
