@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,7 +17,6 @@ from several import free_port, steps, wait_for_steps, written
 from glasstune.core.errors import InputError
 from glasstune.core.ranks import Rank, this_rank
 from glasstune.training.peers import Peers
-
 
 SLOW = pytest.mark.slow(reason="the silence of a process that is gone has to last")
 
@@ -95,6 +95,24 @@ def test_a_rank_with_something_of_its_own_is_named(
     (error,) = ended.errors()
     assert re.search(says, error), error
     assert "rank 1" in error
+
+
+def test_files_may_lie_elsewhere_on_another_machine(tiny_llama, qa_file, tmp_path, several) -> None:
+    """Their content counts: two machines with a disk of their own."""
+    config = written(tiny_llama, qa_file, tmp_path / "run", training={"max_steps": 2})
+    shutil.copytree(tiny_llama, tmp_path / "models" / "copy")
+    (tmp_path / "data").mkdir()
+    shutil.copy(qa_file, tmp_path / "data" / qa_file.name)
+    mine = ["train", str(config)]
+    theirs = [
+        *mine, f"model.path={tmp_path}/models/copy", f"training.output_dir={tmp_path}/nowhere",
+        f"data.sources.0.path={tmp_path}/data/{qa_file.name}", "data.num_workers=2",
+    ]  # fmt: skip
+    ended = several.run([mine, theirs], 2, nodes=2)
+    assert ended.codes == [0, 0], ended.log
+    assert not (tmp_path / "nowhere").exists()
+    hosts = json.loads((tmp_path / "run" / "run.json").read_text())["ranks"]["hosts"]
+    assert len(hosts) == 2
 
 
 @SLOW

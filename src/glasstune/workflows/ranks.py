@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glasstune.core.choices import Choices
 from glasstune.core.config import Config, TrainingConfig
 from glasstune.core.errors import GlasstuneError, InputError
 from glasstune.core.findings import Finding
@@ -176,16 +175,13 @@ def least_free(world: World, config: Config) -> int | None:
     return int(min(world.gather(mine)))
 
 
-def joined(
-    world: World, adapted: AdaptedModel, note: Callable[[Finding], None], choices: Choices
-) -> dict[str, Any]:
+def joined(world: World, adapted: AdaptedModel, note: Callable[[Finding], None]) -> dict[str, Any]:
     """Says how ranks share a run, and what of the machine they leave idle.
 
     Args:
         world: The ranks.
         adapted: This rank's model.
         note: Takes what should be said.
-        choices: Where the way is noted.
 
     Returns:
         What `run.json` holds of it.

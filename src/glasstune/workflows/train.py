@@ -172,7 +172,7 @@ class _Session:
 
         adapted, parameters, optimizer = open_trained(self.prepared, self._note, updates=self._left)
         self._adapted = adapted
-        self.extra["ranks"] = joined(self.world, adapted, self._note, self.choices)
+        self.extra["ranks"] = joined(self.world, adapted, self._note)
         if self.overwrite and self.world.writes:
             run_folder.clear_run(self.folder)
         run = Run(
