@@ -30,6 +30,7 @@ def options(kind: str, strategy: str) -> dict[str, Any]:
     found = {name: {**values} for name, values in KINDS[kind].items()}
     training = found.setdefault("training", {})
     training.update(max_steps=14, eval_steps=7, distributed={"strategy": strategy})
+    found.setdefault("data", {})["validation_split"] = 0.12
     return found
 
 
@@ -43,7 +44,7 @@ SLOW = pytest.mark.slow(reason="up to three processes on two cores")
 def test_a_sharded_base_trains_the_same_adapter(
     tiny_llama, qa_file, tmp_path, several, kind
 ) -> None:
-    """The last update of the epoch has two rows: three ranks, and one runs a forward of nothing."""
+    """The last update of an epoch has one row and evaluation seven: some of three run nothing."""
     found = {}
     for ranks, strategy in ((1, "auto"), (3, "fsdp2")):
         output = tmp_path / str(ranks)
@@ -86,6 +87,8 @@ def part_of_layers(model: Path, kind: str, ranks: int) -> int:
         ({"model": {"bits": 8, "int8_compute": "llm_int8"}}, "Linear8bitLt"),
         ({"model": {"bits": 8, "quantization": {"llm_int8_threshold": 5.0}}}, "Linear8bitLt"),
         ({"losses": [{"name": "next_token"}, {"name": "kl_to_base"}]}, "kl_to_base"),
+        ({"adapter": {"use_dora": True}}, "DoRA"),
+        ({"adapter": {"init_lora_weights": "pissa"}}, "base's weights"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_by_name(

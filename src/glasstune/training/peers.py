@@ -175,10 +175,16 @@ class Peers:
         Raises:
             RunError: A process is gone or has failed.
         """
-        while not self.store.check([key]):
+        while not self._is_there(key):
             time.sleep(0.1)
             if (error := self.trouble()) is not None:
                 raise error
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            return bool(self.store.check([key]))
+        except RuntimeError as error:
+            raise self._without_store(error) from None
 
     def failed(self, error: BaseException) -> None:
         """Tells the others why this process ends, and whether one of them speaks for it."""

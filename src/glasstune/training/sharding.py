@@ -55,7 +55,7 @@ def shard_base(model: nn.Module, device: torch.device, ranks: int) -> int:
     on the device as a whole.
 
     Args:
-        model: An adapted model, the same on every rank.
+        model: A model with or without adapters, the same on every rank.
         device: Of this rank.
         ranks: All of them.
 

@@ -46,17 +46,23 @@ def open_trained(
     from glasstune.training.optimizer import make_optimizer
 
     config = prepared.config
-    on_host = False
+    # A 4-bit base is packed on the device, and PEFT reads its packing: it is sharded at the end.
+    at_once = prepared.sharded and config.model.bits != 4
     if prepared.sharded:
         from glasstune.training.sharding import OFF
 
         check_sharded(prepared)
-        plainly, on_host = OFF, config.model.bits != 4
-    base = load_base(config.model, prepared.resolved, choices=prepared.choices, on_host=on_host)
+        plainly = OFF
+    base = load_base(config.model, prepared.resolved, choices=prepared.choices, on_host=at_once)
+    if at_once:
+        _shard(prepared, base)
     speed = choose_speed(prepared, base.device, updates, plainly)
     adapted = _adapt(prepared, base, note, speed)
     if prepared.sharded:
-        _shard(prepared, adapted)
+        rows = prepared.data.train
+        adapted.filler = rows.micro_batch([rows.rows - 1], 0, prepared.pad_id)
+        if not at_once:
+            _shard(prepared, adapted.model)
     parameters = trainable(adapted.model)
     optimizer = make_optimizer(parameters, config.training)
     budget = 1.0 if prepared.recompute is None else prepared.recompute.budget
@@ -82,6 +88,16 @@ def check_sharded(prepared: Prepared) -> None:
             fix="set model.int8_compute: w8a16, without llm_int8_threshold and "
             "llm_int8_has_fp16_weight",
         )
+    options = prepared.config.adapter.lora_options()
+    init = options.get("init_lora_weights", True)
+    if model.bits != 4 and (init not in (True, False, "gaussian") or options.get("use_dora")):
+        raise InputError(
+            "cannot_shard",
+            "DoRA and adapters that begin from the base's weights read each as a whole, and with "
+            "fsdp2 no rank holds it while the model is built",
+            where="adapter.use_dora" if options.get("use_dora") else "adapter.init_lora_weights",
+            fix="leave it out, or set training.distributed.strategy: ddp",
+        )
     more = [t.name for t in prepared.terms if t.function is not None or t.name == "kl_to_base"]
     if more:
         raise InputError(
@@ -93,15 +109,14 @@ def check_sharded(prepared: Prepared) -> None:
         )
 
 
-def _shard(prepared: Prepared, adapted: AdaptedModel) -> None:
+def _shard(prepared: Prepared, model: Any) -> None:
     from glasstune.core.units import format_bytes
     from glasstune.models.load import choose_device
     from glasstune.training.sharding import shard_base
 
-    adapted.device = choose_device(prepared.config.model.device, prepared.choices)
-    ranks, train = prepared.schedule.ranks, prepared.data.train
-    held = shard_base(adapted.model, adapted.device, ranks)
-    adapted.filler = train.micro_batch([train.rows - 1], 0, prepared.pad_id)
+    ranks = prepared.schedule.ranks
+    device = choose_device(prepared.config.model.device, prepared.choices)
+    held = shard_base(model, device, ranks)
     prepared.choices.record(
         "training.distributed.sharded_bytes", held,
         f"{format_bytes(held)} of the layers' weights are on each of {ranks} ranks",
