@@ -196,14 +196,21 @@ def test_a_rank_that_fails_says_why_and_the_other_ends(
     assert "my own bug" in error
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_names_its_rows(
-    tiny_llama, qa_file, tmp_path, several
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ('batch.hidden.sum() * float("nan")', "'mine' is nan at step 3"),
+        ("(batch.hidden * 0).abs().sqrt().sum()", "gradient at step 3 is not finite"),
+    ],
+)
+def test_what_is_not_finite_on_one_rank_names_its_rows(
+    tiny_llama, qa_file, tmp_path, several, value, says
 ) -> None:
-    what = 'return batch.hidden.sum() * float("nan"), len(batch)'
+    what = f"return {value}, len(batch)"
     ended = run_with_loss(tiny_llama, qa_file, tmp_path, several, what)
     assert ended.codes == [1, 1]
     (error,) = ended.errors()
-    assert "'mine' is nan at step 3" in error
+    assert says in error
     assert "qa.json" in error
     assert "of rank 1" in error
 
