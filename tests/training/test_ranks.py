@@ -50,10 +50,10 @@ SLOW = pytest.mark.slow(reason="two to four processes on two cores")
 @pytest.mark.parametrize(
     ("case", "ranks"),
     [
-        ("adamw", 2), ("packs", 2), ("dropout", 4),
+        ("adamw", 2), ("packs", 2), ("dropout", 2),
         *(pytest.param(*pair, marks=SLOW) for pair in (
             ("adamw", 4), ("rows", 2), ("rows", 3), ("rows", 4), ("packs", 3), ("packs", 4),
-            ("dropout", 2), ("terms", 2), ("terms", 4), ("kl", 2),
+            ("dropout", 4), ("terms", 2), ("terms", 4), ("kl", 2),
         )),
     ],
 )  # fmt: skip
@@ -85,7 +85,7 @@ def test_gradients_of_the_first_update_for_any_split(
 ) -> None:
     """16 rows of unlike lengths, dropout on: by 1, 2 and 4 ranks, in forwards of 1 to 16 rows."""
     found = {}
-    for ranks, micro in ((1, 16), (1, 3), (2, 8), (2, 3), (4, 1), (3, 4)):
+    for ranks, micro in ((1, 16), (1, 3), (2, 3), (4, 1)):
         output = tmp_path / f"{ranks}-{micro}"
         training = {
             "max_steps": 1, "train_batch_size": 16, "per_device_train_batch_size": micro,

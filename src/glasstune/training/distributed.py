@@ -229,12 +229,18 @@ class World:
         """Ends the exchange; says why where it ends by an error."""
         if self.peers is None:
             return
-        if error is not None:
-            self.peers.failed(error)
-        self.peers.stop()
-        # NCCL would wait for a collective that a lost rank never joins.
-        if self._owns_group and (error is None or dist.get_backend() == "gloo"):
+        if error is None:
+            self.peers.stop()
+            if self._owns_group:
+                dist.destroy_process_group()
+            return
+        self.peers.report(error)
+        # NCCL would wait for a collective that a lost rank never joins; gloo tells the others.
+        if self._owns_group and dist.get_backend() == "gloo":
+            self._group = None  # its connections end with the last reference
             dist.destroy_process_group()
+        self.peers.settle(error)
+        self.peers.stop()
 
 
 ALONE = World()

@@ -62,11 +62,10 @@ class Peers:
         self._hosts_it = rank.index == 0 and not rank.agent and not dist.is_initialized()
         self._keeper = self._connect(timeout, self._hosts_it)
         self.store = _c10d.PrefixStore(self._prefix, self._keeper)
-        self._own = _c10d.PrefixStore(self._prefix, self._connect(10.0))  # the thread's
+        self._own = _c10d.PrefixStore(self._prefix, self._connect(30.0))  # the thread's
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._heard: dict[int, tuple[str, float]] = {}
-        self._told = False
         self._signals: tuple[int, int] | None = None
         self._hurry = False
 
@@ -186,34 +185,34 @@ class Peers:
         except RuntimeError as error:
             raise self._without_store(error) from None
 
-    def failed(self, error: BaseException) -> None:
-        """Tells the others why this process ends, and whether one of them speaks for it."""
-        if self._told:
-            return
-        self._told = True
-        known = error if isinstance(error, GlasstuneError) else None
-        if known is not None and known.code in _OF_OTHERS:
-            return  # each finds out by itself
-        says = f"{type(error).__name__}: {error}"
-        content = {"code": "bug", "message": says, "where": "", "fix": ""}
-        if known is not None:
-            content = known.to_dict()
-        try:
+    def report(self, error: BaseException) -> None:
+        """Tells the others why this process ends."""
+        with contextlib.suppress(RuntimeError):  # the store may be gone too
+            if isinstance(error, GlasstuneError) and error.code in _OF_OTHERS:
+                self._own.set(f"ended/{self.rank.index}", "")  # each finds out by itself
+                return
             number = self._own.add("failures", 1)
-            record = {"rank": self.rank.index, "error": content}
+            record = {"rank": self.rank.index, "error": _content(error)}
             self._own.set(f"failure/{number}", json.dumps(record))
-            if known is not None and not known.said:
-                known.said = self._says_the_same(content)
-        except RuntimeError:
-            return  # the store is gone too
+
+    def settle(self, error: BaseException) -> None:
+        """Finds out whether another process of this machine says the same, and sets `said`."""
+        if isinstance(error, GlasstuneError) and error.code not in _OF_OTHERS:
+            with contextlib.suppress(RuntimeError):
+                error.said |= self._says_the_same(_content(error))
 
     def _says_the_same(self, content: Mapping[str, Any]) -> bool:
         """Whether a lower rank of this machine ends with the same words."""
         lower = [r for r in self.nodes if r < self.rank.index and self._near(r)]
         until = time.monotonic() + 3.0
         while lower and time.monotonic() < until:
-            if any(r in lower and e == content for r, e in self._failures()):
+            said = [(r, e) for r, e in self._failures() if r in lower]
+            if any(e == content for _, e in said):
                 return True
+            others = {r for r, _ in said}
+            others |= {r for r in lower if self._own.check([f"ended/{r}"])}
+            if len(others) == len(lower):
+                break
             time.sleep(0.1)
         return False
 
@@ -376,6 +375,13 @@ class Peers:
             if all(b == _DONE.encode() or now - t > _LOOK_SECONDS for b, t in seen.values()):
                 return
             time.sleep(0.05)
+
+
+def _content(error: BaseException) -> dict[str, str]:
+    if isinstance(error, GlasstuneError):
+        return error.to_dict()
+    says = f"{type(error).__name__}: {error}"
+    return {"code": "bug", "message": says, "where": "", "fix": ""}
 
 
 def _first_line(error: BaseException) -> str:
