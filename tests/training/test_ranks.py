@@ -74,6 +74,29 @@ def test_ranks_make_the_run_of_one(
     assert [row["eval_loss"] for row in here] == pytest.approx(losses, rel=1e-6)
 
 
+@pytest.mark.slow(reason="compiles a layer's graphs, twice")
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")
+def test_joined_products_and_compiled_layers(tiny_llama, qa_file, tmp_path, several) -> None:
+    """The fast path of each rank; packs padded to one shape, of which a rank may have none."""
+    changes: dict[str, Any] = {
+        "data": {"packing": True, "max_length": 64},
+        "training": {"max_steps": 8, "compile": True, "eval_steps": 4},
+    }
+    found = {}
+    for ranks in (1, 2):
+        output = tmp_path / str(ranks)
+        config = written(tiny_llama, qa_file, output, **changes)
+        ended = several.run(["train", str(config)], ranks, timeout=200)
+        assert ended.codes == [0] * ranks, ended.log
+        record = json.loads((output / "run.json").read_text())
+        assert {module["way"] for module in record["speed"]["modules"]} == {"wide"}
+        assert record["speed"]["compiled"]
+        found[ranks] = output
+    assert distance(last_weights(found[2]), last_weights(found[1])) <= 1e-6
+    assert steps(found[2]) == steps(found[1])
+
+
 def gradients(output: Path) -> list[torch.Tensor]:
     """AdamW's first moment after one update is (1 - beta1) times the gradient."""
     file = output / "checkpoints" / "step-1" / "optimizer.pt"

@@ -150,6 +150,10 @@ class _Session:
             )
             if self.planned is not None:
                 self.prepared = self.planned.prepared
+            elif self.world.size > 1:
+                asked = self.config.training.distributed.strategy
+                why = "nothing had to be planned" if asked == "auto" else "asked for"
+                self.choices.record("training.distributed.strategy", self.prepared.strategy, why)
             decided = Decided.of(self.prepared, self.planned, self._left)
         decided = self.world.broadcast(decided)
         if not self.world.writes:
