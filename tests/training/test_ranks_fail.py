@@ -287,3 +287,34 @@ loop.launch_update = launch
     (error,) = ended.errors()
     assert "rank 1 on" in error
     assert "is gone" in error
+
+
+@SLOW
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_signal_while_weights_are_read(tiny_llama, qa_file, tmp_path, several, killed) -> None:
+    """torchrun's own SIGTERM, because a process was killed; and one that is meant."""
+    slow = (
+        "import time\nimport glasstune.models.load as load\n"
+        "load.load_base = lambda *_, **__: (open({!r}, 'w'), time.sleep(60))\n"
+    )
+    places = [tmp_path / "0", tmp_path / "1"]
+    patches = {rank: slow.format(str(place)) for rank, place in enumerate(places)}
+    config = written(tiny_llama, qa_file, tmp_path / "run")
+    pids = several.start(["train", str(config)], 2, patches=patches)
+    deadline = time.monotonic() + 30
+    while not all(place.exists() for place in places):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(pids[1], signal.SIGKILL if killed else signal.SIGTERM)
+    os.kill(pids[0], signal.SIGTERM)
+    started = time.monotonic()
+    ended = several.end()
+    assert time.monotonic() - started < 25
+    if not killed:
+        assert ended.codes == [-signal.SIGTERM, -signal.SIGTERM]
+        assert ended.errors() == []
+        return
+    assert ended.codes == [1, -signal.SIGKILL]
+    (error,) = ended.errors()
+    assert "rank 1 on" in error
+    assert "is gone" in error

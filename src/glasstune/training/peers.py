@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -67,6 +68,7 @@ class Peers:
         self._thread: threading.Thread | None = None
         self._heard: dict[int, tuple[str, float]] = {}
         self._signals: tuple[int, int] | None = None
+        self._before: Any = signal.SIG_DFL
         self._hurry = False
 
     def _connect(self, timeout: float, hosts_it: bool = False) -> Any:
@@ -146,6 +148,20 @@ class Peers:
         if threading.current_thread() is threading.main_thread():
             self._signals = os.pipe2(os.O_NONBLOCK)
             signal.set_wakeup_fd(self._signals[1], warn_on_full_buffer=False)
+            self._before = signal.signal(signal.SIGTERM, self._terminated)
+
+    def _terminated(self, number: int, frame: FrameType | None) -> None:
+        """SIGTERM while nothing is trained yet: there is nothing to save, only something to say.
+
+        torchrun sends it as well when another process has died, say while it read the weights.
+        """
+        error = self.explained(RuntimeError("SIGTERM"))
+        if error.code == "collective_failed":  # nobody is gone: it is meant for this process
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        _say(error)
+        os._exit(error.exit_code)
 
     def _missing(self, first: int) -> RunError:
         absent = [first]
@@ -338,9 +354,7 @@ class Peers:
         """Gives the main thread a moment; one that hangs in a device's collective never ends."""
         if self._ended.wait(min(GRACE_SECONDS, HURRY_SECONDS) if self._hurry else GRACE_SECONDS):
             return
-        if not error.said:
-            sys.stderr.write(f"error: {error.where}: {error.message}\nhint: {error.fix}\n")
-            sys.stderr.flush()
+        _say(error)
         os._exit(error.exit_code)
 
     def stop(self) -> None:
@@ -352,6 +366,8 @@ class Peers:
             self._thread.join(2 * BEAT_SECONDS)
         if self._signals is not None:
             signal.set_wakeup_fd(-1)
+            if signal.getsignal(signal.SIGTERM) == self._terminated:
+                signal.signal(signal.SIGTERM, self._before)
             for end in self._signals:
                 os.close(end)
             self._signals = None
@@ -375,6 +391,12 @@ class Peers:
             if all(b == _DONE.encode() or now - t > _LOOK_SECONDS for b, t in seen.values()):
                 return
             time.sleep(0.05)
+
+
+def _say(error: RunError) -> None:
+    if not error.said:
+        sys.stderr.write(f"error: {error.where}: {error.message}\nhint: {error.fix}\n")
+        sys.stderr.flush()
 
 
 def _content(error: BaseException) -> dict[str, str]:
