@@ -33,6 +33,7 @@ class SpeedChoice:
         shape: What batches are padded to; None = as they come.
         splits: Whether audits run a backward of their own for each term, on a compiled graph.
         options: Of `torch.compile`.
+        ranks: Processes that share each update.
     """
 
     compiled: bool
@@ -41,6 +42,7 @@ class SpeedChoice:
     shape: FixedShape | None = None
     splits: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    ranks: int = 1
 
     def apply(
         self,
@@ -82,6 +84,8 @@ class SpeedChoice:
         from glasstune.training.dropout import unseeded_dropout
         from glasstune.training.recompute import decoder_layers
 
+        if self.ranks > 1:
+            return "several ranks: NCCL's own thread asks the device while a graph is captured"
         if self.splits:
             return "an audited update runs one backward a term, a replayed forward has one in all"
         if self.shape is None or self.shape.multiple:
@@ -129,6 +133,7 @@ def choose_speed(
         True, True, reason, shape,
         splits=len(prepared.terms) > 1 and config.audit.every_n_steps > 0,
         options={**({"dynamic": False} if shape and not shape.multiple else {}), **COMPILE_OPTIONS},
+        ranks=prepared.schedule.ranks,
     )  # fmt: skip
 
 
