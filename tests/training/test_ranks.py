@@ -106,7 +106,7 @@ def gradients(output: Path) -> list[torch.Tensor]:
 def test_gradients_of_the_first_update_for_any_split(
     tiny_llama, qa_file, tmp_path, several
 ) -> None:
-    """16 rows of unlike lengths, dropout on: by 1, 2 and 4 ranks, in forwards of 1 to 16 rows."""
+    """S02. 16 rows of unlike lengths, dropout on: by 1, 2 and 4 ranks, in forwards of 1 to 16 rows."""
     found = {}
     for ranks, micro in ((1, 16), (1, 3), (2, 3), (4, 1)):
         output = tmp_path / f"{ranks}-{micro}"
@@ -158,7 +158,7 @@ def test_ranks_divide_every_update_without_overlap(batch, ranks) -> None:
 def test_a_checkpoint_goes_on_with_any_number_of_ranks(
     tiny_llama, qa_file, tmp_path, several, alone
 ) -> None:
-    """Saved by 2, resumed by 1, then by 4: the same rows, and the weights of one process."""
+    """S03. Saved by 2, resumed by 1, then by 4: the same rows, and the weights of one process."""
     output = tmp_path / "run"
     constant = {"lr_scheduler_type": "constant", "save_steps": 6}
     for ranks, until in ((2, 6), (1, 12), (4, 20)):
