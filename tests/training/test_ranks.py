@@ -106,7 +106,7 @@ def gradients(output: Path) -> list[torch.Tensor]:
 def test_gradients_of_the_first_update_for_any_split(
     tiny_llama, qa_file, tmp_path, several
 ) -> None:
-    """S02. 16 rows of unlike lengths, dropout on: by 1, 2 and 4 ranks, in forwards of 1 to 16 rows."""
+    """S02. 16 rows of unlike lengths, dropout on: 1, 2 and 4 ranks, forwards of 1 to 16 rows."""
     found = {}
     for ranks, micro in ((1, 16), (1, 3), (2, 3), (4, 1)):
         output = tmp_path / f"{ranks}-{micro}"
