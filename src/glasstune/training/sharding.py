@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from glasstune.core.errors import InputError
+from glasstune.kernels.int8_linear import Int8Linear
 from glasstune.models.head import causal_model
 from glasstune.models.packed import is_four_bit
 from glasstune.training.recompute import decoder_layers
@@ -72,6 +73,8 @@ def shard_base(model: nn.Module, device: torch.device, ranks: int) -> int:
         for module in layer.modules():
             if is_four_bit(module):
                 _make_plain(module)
+            elif isinstance(module, Int8Linear):
+                module.weight = _as_floats(module.weight)
         trained = {value for value in layer.parameters() if value.requires_grad}
         fully_shard(layer, mesh=mesh, ignored_params=trained)
     _move(model, device)
@@ -86,7 +89,22 @@ def _make_plain(linear: Any) -> None:
     """Leaves the packed bytes as a plain parameter; bitsandbytes finds the state in the module."""
     weight = linear.weight
     linear.quant_state = getattr(weight, "quant_state", None) or linear.quant_state
-    linear.weight = nn.Parameter(weight.data, requires_grad=False)
+    linear.weight = _as_floats(weight)
+
+
+def _as_floats(weight: Tensor) -> nn.Parameter:
+    """Calls packed bytes float32, four a number: until torch 2.12 FSDP2 shards nothing else.
+
+    Bytes are copied, never computed with; bitsandbytes and `Int8Linear.rows` read them as bytes.
+    It is float32 since PEFT makes adapters in the type of a floating weight.
+    """
+    stored = weight.data.contiguous()
+    if not stored.is_floating_point() and stored.numel() % 4 == 0:
+        if stored.shape[-1] % 4:  # bitsandbytes: one column of bytes
+            stored = stored.view(-1).view(torch.float32).view(-1, 1)
+        else:
+            stored = stored.view(torch.float32)
+    return nn.Parameter(stored, requires_grad=False)
 
 
 def _move(model: nn.Module, device: torch.device) -> None:

@@ -114,11 +114,18 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns [..., out] for an input [..., in]."""
-        return int8_linear(input, self.weight, self.scale, self.bias)
+        return int8_linear(input, self.rows, self.scale, self.bias)
+
+    @property
+    def rows(self) -> Tensor:
+        """The int8 weight [out, in]; a sharded base keeps its bytes as another type."""
+        if self.weight.dtype == torch.int8:
+            return self.weight
+        return self.weight.view(torch.int8).view(self.out_features, self.in_features)
 
     def dequantize(self) -> Tensor:
         """Returns the float32 weight [out, in] that the int8 rows stand for."""
-        return expand_rows(self.weight, self.scale, torch.float32)
+        return expand_rows(self.rows, self.scale, torch.float32)
 
     @property
     def W_q(self) -> Tensor:
