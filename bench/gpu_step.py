@@ -90,6 +90,10 @@ def build(args: argparse.Namespace) -> Any:
     if args.save:
         model.save_pretrained(args.save)
     pack(model, args.bits)
+    if args.compute == "fp8":
+        from glasstune.models.fp8 import convert_to_fp8
+
+        convert_to_fp8(model, None)
     if args.device == "cuda":
         install_packing(model, compiled=True)
     model = add_adapter(model, r=args.rank, lora_alpha=ALPHA)
@@ -258,7 +262,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ways = Counter(module.way for module in report.record.modules) if report else {}
     result = {
         "way": args.way, "model": args.model, "layers": args.layers, "bits": args.bits,
-        "seq": args.seq, "batch": args.batch, "budget": args.budget, "rank": args.rank,
+        "compute": args.compute, "seq": args.seq, "batch": args.batch, "budget": args.budget, "rank": args.rank,
         "recompute": args.recompute, "offload": args.offload, "graph": args.graph,
         "ms": round(median, 1), "ms_min": round(min(times), 1),
         "tokens_per_second": round(args.batch * args.seq / median * 1e3),
@@ -317,6 +321,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     far = {way: distance(grads, truth) for way, grads in found.items()}
     return {
         "check": True, "model": args.model, "layers": args.layers, "bits": args.bits,
+        "compute": args.compute,
         "seq": args.seq, "batch": args.batch, "distance": far,
         "ratio": round(far["fast"] / far["eager"], 3), "ok": far["fast"] <= 2 * far["eager"],
     }  # fmt: skip
@@ -331,7 +336,7 @@ def widen(model: Any) -> None:
     for path, layer in list(model.named_modules()):
         if is_four_bit(layer):
             weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        elif type(layer).__name__ == "Int8Linear":
+        elif type(layer).__name__ in ("Int8Linear", "Fp8Linear"):
             weight = layer.dequantize()
         else:
             continue
@@ -368,6 +373,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=SHAPES, default="llama8b")
     parser.add_argument("--way", choices=("fast", "compiled", "eager"), default="fast")
     parser.add_argument("--bits", type=int, choices=(16, 8, 4), default=16)
+    parser.add_argument("--compute", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--layers", type=int, default=0, help="0 = all")

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from glasstune.kernels.expand import Packed4bit, PackedInt8
+from glasstune.kernels.fp8 import Fp8Linear
 from glasstune.kernels.int8_linear import Int8Linear
 from glasstune.models.classes import Conv1D
 from glasstune.models.packed import four_bit_parts, is_four_bit
 
-Kind = Literal["full", "4bit", "int8"]
+Kind = Literal["full", "4bit", "int8", "fp8"]
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,6 +57,8 @@ def base_key(base: nn.Module, shared: set[int]) -> BaseKey | str:
         return _four_bit_key(base)
     if type(base) is Int8Linear:
         return BaseKey("int8", base.in_features, torch.int8, weight.device)
+    if type(base) is Fp8Linear:
+        return BaseKey("fp8", base.in_features, torch.uint8, weight.device)
     return _full_key(base, weight)
 
 

@@ -16,7 +16,9 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from glasstune.adapters.lora_layers import LoraState, Way, lora_state
 from glasstune.fast.bases import Kind, base_key, out_features, packed_source, put_rows, rows_of
+from glasstune.fast.fp8_home import Fp8Home
 from glasstune.kernels.expand import Packed4bit, PackedInt8
+from glasstune.kernels.fp8 import fp8_base, fp8_group
 from glasstune.kernels.lora_group import Layout, base_group, lora_group, write_adapters
 
 _ORDER: dict[Way, int] = {"wide": 0, "grouped": 1, "plain": 2}
@@ -50,6 +52,7 @@ class Group:
         self.layout = self.base_layout
         self.wide: Tensor | None = None
         self.source: Packed4bit | PackedInt8 | None = None
+        self.home: Fp8Home | None = None
         self.downs: list[Tensor] = []
         self.ups: list[Tensor] = []
         self.keep_dtype = kind == "4bit"
@@ -79,13 +82,15 @@ class Group:
             self._bind(states)
         if self.way != "plain":
             self._look_at_bases()
-        if self.way == "wide" and self.kind == "full":
+        if self.way == "wide" and self.kind in ("full", "fp8"):
             self._refresh()
 
     def takes(self, x: Tensor) -> bool:
         """Whether an input suits; PEFT's own forward says what is wrong with one that does not."""
         if x.shape[-1] != self.base_layout.width or not x.is_floating_point():
             return False
+        if self.kind == "fp8":
+            return True
         if self.wide is None:
             # bitsandbytes has a kernel for one token, which need not expand the weight.
             one = x.numel() == x.shape[-1] and not torch.is_grad_enabled()
@@ -124,14 +129,18 @@ class Group:
             for base, place in zip(self._present_bases(), self._places, strict=True):
                 if base.weight.data_ptr() == place:
                     base.weight.data = base.weight.data.contiguous()
-        self.wide = self._rows = None
+        if self.home is not None:
+            self.home.release(self._present_bases())
+        self.wide = self._rows = self.home = None
         self._places, self._versions, self._seen = [], [], []
 
     def _product(self, x: Tensor) -> tuple[Tensor, ...]:
         dtype = self._dtype(x)
         given, bias = x.to(dtype), self._bias(dtype, x.device)
         with torch.autocast(x.device.type, enabled=False):
-            if self.way == "wide":
+            if self.home is not None:
+                outs = self._fp8_product(given, bias)
+            elif self.way == "wide":
                 wide = self.source if self.wide is None else self.wide.to(dtype)
                 assert wide is not None
                 outs = lora_group(given, wide, bias, self.layout, self.downs, self.ups)
@@ -139,10 +148,20 @@ class Group:
                 weight = self.source if self._rows is None else self._rows.to(dtype)
                 assert weight is not None
                 outs = base_group(given, weight, bias, self.base_layout)
-        return tuple(out.to(x.dtype) for out in outs) if self.keep_dtype else outs
+        keep = self.keep_dtype or not torch.is_autocast_enabled(x.device.type)
+        return tuple(out.to(x.dtype) for out in outs) if keep else outs
+
+    def _fp8_product(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        home = self.home
+        assert home is not None
+        if self.way == "wide":
+            return fp8_group(x, home.weights, home.low, bias, self.layout, self.downs, self.ups)
+        return fp8_base(x, home.plain, bias, self.base_layout)
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """Returns the type of the products, as PEFT and the base's own forward have it."""
+        if self.kind == "fp8":
+            return torch.bfloat16  # the only one that tensor cores give of float8 rows
         if self.kind == "4bit":
             return self.bases[0].compute_dtype or x.dtype
         kind = x.device.type
@@ -184,6 +203,8 @@ class Group:
             return
         if self.kind == "full":
             self._adopt()
+        elif self.kind == "fp8":
+            self.home, self._versions = Fp8Home(self.bases, self.layout), []
         else:
             self.source = packed_source(self.bases, self.kind)
         self._seen = [_signature(base) for base in self.bases]
@@ -200,7 +221,7 @@ class Group:
         self.downs, self.ups = list(downs), list(ups)
         ranks = tuple(down.shape[0] for down in downs)
         layout = Layout(self.base_layout.width, self.base_layout.outs, ranks, scales)
-        if layout.ranks != self.layout.ranks and self.wide is not None:
+        if layout.ranks != self.layout.ranks and (self.wide is not None or self.home is not None):
             self.release()
         self.layout = layout
         self._versions = []
@@ -229,10 +250,15 @@ class Group:
         each forward that needs a gradient and in the first one after it. Where nothing was seen
         to change, M's version stays, so that a graph made before may still run its backward.
         """
-        assert self.wide is not None
         versions = [(_version(tensor), tensor.data_ptr()) for tensor in (*self.downs, *self.ups)]
         changed = versions != self._versions
         grad = torch.is_grad_enabled()
+        if self.home is not None:
+            if changed or grad or self._unsure:
+                self.home.write(self.layout, self.downs, self.ups, changed)
+            self._versions, self._unsure = versions, grad
+            return
+        assert self.wide is not None
         if changed:
             write_adapters(self.wide, self.layout, self.downs, self.ups)
         elif grad or self._unsure:

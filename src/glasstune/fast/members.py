@@ -108,7 +108,7 @@ def attach(groups: Iterable[Group]) -> list[RemovableHandle]:
         for index, layer in enumerate(group.layers):
             layer._glasstune_member = Member(group, index)
             layer.forward = MethodType(forward, layer)
-            if group.kind == "full":
+            if group.kind in ("full", "fp8"):
                 base: Any = layer.get_base_layer()
                 hooks.append(base.register_state_dict_pre_hook(HandBack(group)))
     return hooks

@@ -103,6 +103,7 @@ def adapter_gradients(
     layout: Layout,
     dtypes: list[torch.dtype],
     needed: list[bool],
+    apart: bool,
 ) -> list[Tensor | None]:
     """Gradients of A and B of each member.
 
@@ -114,6 +115,7 @@ def adapter_gradients(
         layout: Of the group.
         dtypes: Type of A and B of each member in turn.
         needed: Whether each of them needs its gradient.
+        apart: Whether each member has its own dy.
 
     Returns:
         dA [r, i] and dB [n_j, r] of each member in turn; None where not needed.
@@ -126,7 +128,7 @@ def adapter_gradients(
         if needed[2 * index] and downs_ki is not None:
             down = downs_ki[rank].to(dtypes[2 * index])
         if needed[2 * index + 1]:
-            grad = grads[index] if layout.apart else grads[0][:, out]
+            grad = grads[index] if apart else grads[0][:, out]
             thin = grad.t() @ low_Tk[:, rank]
             exact = torch.promote_types(thin.dtype, torch.float32)
             up = (thin.to(exact) * scale).to(dtypes[2 * index + 1])
@@ -184,7 +186,9 @@ class GroupProduct(torch.autograd.Function):
         pairs = [tensor for pair in zip(downs, ups, strict=True) for tensor in pair]
         needed = list(ctx.needs_input_grad[5 : 5 + len(pairs)])
         dtypes = [tensor.dtype for tensor in pairs]
-        found = adapter_gradients(list(grads), low_grad_Tk, x_Ti, low_Tk, layout, dtypes, needed)
+        found = adapter_gradients(
+            list(grads), low_grad_Tk, x_Ti, low_Tk, layout, dtypes, needed, layout.apart
+        )
         found += [None] * (8 - len(found))
         return (dx_Ti, None, None, None, None, *found)
 
