@@ -16,7 +16,7 @@ from glasstune.planner.peak import (
     step_traffic,
 )
 from glasstune.planner.several import NCCL_BYTES, ddp, fsdp2
-from glasstune.planner.trace import BlockBytes
+from glasstune.planner.watch import BlockBytes
 
 STATIC = Static(base=1000, wide=10, adapters=40, gradients=40, optimizer=80, load=300, largest=5)
 PLAIN = BlockBytes(kept=100, forward=130, backward=160, gradients=10, flops=30)
@@ -63,6 +63,34 @@ def test_libraries_and_holes_are_added_once() -> None:
     plain, more = by_phase(Recompute()), by_phase(Recompute(), workspace=9, holes=0.5)
     assert more["loss"] == plain["loss"] + 9 + (50 + 400) // 2
     assert more["optimizer"] == plain["optimizer"] + 9
+
+
+def test_gradients_of_an_earlier_forward_wait() -> None:
+    once, more = by_phase(Recompute()), by_phase(Recompute(), accumulates=True)
+    assert more["forward"] == once["forward"] + 40
+    assert more["loss"] == once["loss"] + 40
+    # The last layer is the highest: none of its step's gradients are there yet, all earlier are.
+    assert more["backward"] == once["backward"] + 40
+    assert more["optimizer"] == once["optimizer"]
+
+
+def test_an_audited_update_keeps_everything_for_each_term() -> None:
+    block = replace(PLAIN, split=70)
+    batch = replace(BATCH, plain=[block] * 4, held=30, split_head=90, beside=5)
+    found = {
+        (m.phase, waits): m.bytes
+        for waits in (False, True)
+        for m in moments(STATIC, batch, Recompute(), context=7, split=2, accumulates=waits)
+    }
+    kept = STAYS + 50 + 4 * 100
+    # Two terms' gradients and what is left of the step's; all layers, and what the losses kept.
+    assert found["audit", False] == kept + 3 * 40 + max(90, 30 + 70 - 10)
+    assert found["audit", True] == found["audit", False] + 2 * 40
+    assert found["loss", False] == kept + 200
+    assert found["loss", True] == kept + 200 + 3 * 40 + 40
+    assert found["backward", False] == STAYS + 50 + 3 * 100 + 160 + 3 * 40 + 5
+    assert found["optimizer", False] == STAYS + 40 + 5 + 3 * 40
+    assert found["evaluation", False] == STAYS + 150
 
 
 def test_the_owner_is_the_largest_part() -> None:

@@ -114,6 +114,7 @@ def _split(
                     one.collect(term.name, gradient, term.weight)
                     if reentrant:
                         _settle(one, term.name, gradient, reach)
+                del given  # where earlier calls were added to it, nobody needs this one any more
             _through_weights(terms, watched)
     except CannotSplit as error:
         session.engine = "unknown"

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from glasstune.planner.live import attention_workspace, operations
 from glasstune.planner.shadow import Shadow
-from glasstune.planner.trace import BlockBytes
+from glasstune.planner.watch import BlockBytes
 
 
 @dataclass
@@ -44,7 +44,7 @@ BOXED_GRADIENTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) 
 
 def compiled_bytes(
     shadow: Shadow, path: str, call: tuple[tuple[Any, ...], dict[str, Any]], *,
-    round_to: int = 512, budget: float = 1.0,
+    round_to: int = 512, budget: float = 1.0, donated: bool = True,
 ) -> tuple[BlockBytes, BlockBytes]:  # fmt: skip
     """Returns the bytes of a compiled block, plain and computed again in the backward.
 
@@ -56,6 +56,8 @@ def compiled_bytes(
         call: Its arguments.
         round_to: Bytes to which each tensor is rounded up.
         budget: Share of its activations that the block keeps; see `Recompute`.
+        donated: Whether a backward may write into what the forward saved; not where another one
+            may follow.
 
     Raises:
         RuntimeError: The compiler does not take the block as one graph with a backward.
@@ -66,7 +68,9 @@ def compiled_bytes(
     entering = sum(_size(value, round_to) for value in _distinct(_tensors(call[0][:1])))
     ahead, saved, keeps_input, leaving = _forward(graphs, round_to)
     outside = {f"primals_{index + 1}" for index in graphs.outside}
-    back = walk(graphs.backward, outside, round_to, takes=True)
+    back = walk(graphs.backward, outside, round_to, takes=True, donated=donated)
+    # Where nothing is let go only what the backward makes comes on top, and its gradient waits.
+    alone = walk(graphs.backward, outside, round_to)
     held = sum(
         _size(node.meta["val"], round_to)
         for node in graphs.backward.graph.nodes
@@ -79,11 +83,13 @@ def compiled_bytes(
     # The input is among those kept by the blocks before.
     backward = back.peak + late - (entering if keeps_input else 0)
     flops = graph_flops(graphs.forward) + graph_flops(graphs.backward)
-    plain = BlockBytes(kept, max(ahead.peak, saved + leaving), backward, gradients, flops)
+    plain = BlockBytes(
+        kept, max(ahead.peak, saved + leaving), backward, gradients, flops, split=held + alone.peak
+    )
     # The input is kept from outside, and the incoming gradient waits while the forward runs again.
+    deep = max(backward, held + max(ahead.peak, saved + leaving))
     again = BlockBytes(
-        leaving, plain.forward, max(backward, held + max(ahead.peak, saved + leaving)), gradients,
-        flops + graph_flops(graphs.forward),
+        leaving, plain.forward, deep, gradients, flops + graph_flops(graphs.forward), split=deep
     )  # fmt: skip
     return plain, again
 
@@ -196,7 +202,10 @@ class Walk:
     out: int
 
 
-def walk(graph: fx.GraphModule, outside: set[str], round_to: int, *, takes: bool = False) -> Walk:
+def walk(
+    graph: fx.GraphModule, outside: set[str], round_to: int, *,
+    takes: bool = False, donated: bool = True,
+) -> Walk:  # fmt: skip
     """Walks a graph as its generated code allocates and frees.
 
     Args:
@@ -204,6 +213,7 @@ def walk(graph: fx.GraphModule, outside: set[str], round_to: int, *, takes: bool
         outside: Names of inputs that live elsewhere anyway.
         round_to: Bytes to which each buffer is rounded up.
         takes: Whether inputs are freed after their last use, as saved tensors are.
+        donated: Whether results may be written into such an input.
     """
     plan = _Buffers(graph, round_to)
     now = peak = 0
@@ -214,7 +224,10 @@ def walk(graph: fx.GraphModule, outside: set[str], round_to: int, *, takes: bool
         made = plan.made.get(node)
         if made is not None:
             # A fused kernel may write into an input that it is the last to read.
-            same = [key for key in freed if plan.size[key] == plan.size[made]]
+            same = [
+                key for key in freed
+                if plan.size[key] == plan.size[made] and (donated or key not in plan.inputs)
+            ]  # fmt: skip
             if same and not plan.own_kernel(node):
                 freed.remove(same[0])
                 now -= plan.size[same[0]]

@@ -37,6 +37,20 @@ def attention_workspace(name: str, inputs: Sequence[Any]) -> int:
     return 4 * q.numel() + shared
 
 
+def logsumexp_workspace(name: str, inputs: Sequence[Any]) -> int:
+    """Bytes that torch's logsumexp allocates inside: the shifted input, whose exponents it sums.
+
+    Source: `logsumexp_out_impl` of ATen, the same on every device.
+
+    Args:
+        name: Of the operation.
+        inputs: Its arguments.
+    """
+    if not name.startswith("aten.logsumexp") or not isinstance(inputs[0], Tensor):
+        return 0
+    return inputs[0].numel() * inputs[0].element_size()
+
+
 def _attention_flops(name: str, inputs: Sequence[Any]) -> int:
     """Operations of an attention kernel that torch does not count (its CPU's)."""
     tensors = [value for value in inputs if isinstance(value, Tensor) and value.dim() == 4]
@@ -101,7 +115,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             then, self.then = self.then, None
             then()
         out = func(*args, **(kwargs or {}))
-        if self.cuda and (inside := attention_workspace(str(func), args)):
+        inside = logsumexp_workspace(str(func), args)
+        if self.cuda:
+            inside += attention_workspace(str(func), args)
+        if inside:
             self.peak = max(self.peak, self.now + inside)
             self.most = max(self.most, self.now + inside)
         self.flops += operations(func, args, kwargs or {}, out)

@@ -7,29 +7,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glasstune.kernels.linear_cross_entropy import head_cross_entropy, linear_cross_entropy
+from glasstune.kernels.linear_cross_entropy import (
+    head_cross_entropy,
+    linear_cross_entropy,
+    token_losses,
+)
 from glasstune.kernels.linear_cross_entropy.fused import gpu_rows, nll_in_place
 
 
-def frozen_head_loss(hidden: Tensor, head: nn.Module) -> Tensor:
-    """The fused loss behind a frozen bare head, as a CPU computes it."""
+def frozen_head_loss(hidden: Tensor, head: nn.Module, z: bool = False) -> Tensor:
+    """The fused loss behind a frozen bare head, as a CPU computes it.
+
+    Args:
+        hidden: [N, d].
+        head: A bare linear layer.
+        z: Whether z_loss is there too.
+    """
     targets, weights = _labels(hidden)
     weight: Tensor = head.weight  # type: ignore[assignment]
-    return linear_cross_entropy(hidden.to(weight.dtype), weight, targets, weights)[0]
+    both = linear_cross_entropy(
+        hidden.to(weight.dtype), weight, targets, weights, weights if z else None
+    )
+    return both[0] + both[1] if z else both[0]
 
 
 def frozen_head_loss_gpu(hidden: Tensor, head: nn.Module) -> Tensor:
-    """The same as a GPU computes it: logits become their gradient in place."""
+    """The same as a GPU computes it without z_loss: logits become their gradient in place."""
     weight: Tensor = head.weight  # type: ignore[assignment]
     total: Tensor = _InPlace.apply(hidden.to(weight.dtype), weight)  # type: ignore[no-untyped-call]
     return total
 
 
-def any_head_loss(hidden: Tensor, head: nn.Module) -> Tensor:
+def any_head_loss(hidden: Tensor, head: nn.Module, z: bool = False) -> Tensor:
     """The loss behind any other head: chunks, each computed again in the backward."""
     targets, weights = _labels(hidden)
     weight: Tensor = head.weight  # type: ignore[assignment]
-    return head_cross_entropy(hidden, head, int(weight.shape[0]), targets, weights)[0]
+    vocabulary = int(weight.shape[0])
+    both = head_cross_entropy(hidden, head, vocabulary, targets, weights, weights if z else None)
+    return both[0] + both[1] if z else both[0]
+
+
+def held_out_loss(hidden: Tensor, head: nn.Module) -> Tensor:
+    """What an evaluation computes, whatever is trained."""
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    losses, _ = token_losses(hidden, head, _labels(hidden)[0], int(weight.shape[0]))
+    return losses.sum()
 
 
 class _InPlace(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,17 +15,23 @@ from glasstune.models.inspect.precision import precision_record
 from glasstune.models.inspect.source import ModelSource
 from glasstune.planner.graphs import compiled_bytes
 from glasstune.planner.live import ROUND
-from glasstune.planner.losses import any_head_loss, frozen_head_loss, frozen_head_loss_gpu
+from glasstune.planner.losses import (
+    any_head_loss,
+    frozen_head_loss,
+    frozen_head_loss_gpu,
+    held_out_loss,
+)
 from glasstune.planner.peak import Activations, Static
 from glasstune.planner.shadow import Shadow, make_shadow
 from glasstune.planner.trace import (
     Batch,
-    BlockBytes,
+    Extra,
     Loss,
     block_calls,
     trace_evaluation,
     trace_step,
 )
+from glasstune.planner.watch import BlockBytes
 
 BUDGETS = (0.9, 0.7, 0.5, 0.3)
 """Shares of their activations that compiled layers may keep, beside all. On Llama's layers: without
@@ -49,6 +56,10 @@ class Setup:
         compiled: Whether blocks are compiled.
         attention: `attn_implementation`, None for the model's own.
         packed: Whether rows hold several documents.
+        next_token: Whether next_token is among the losses.
+        z_loss: Whether z_loss is.
+        extras: Losses beside these two.
+        split: Losses that have a backward of their own in an audited update; 0 where none is.
     """
 
     source: ModelSource
@@ -63,6 +74,10 @@ class Setup:
     compiled: bool = False
     attention: str | None = None
     packed: bool = False
+    next_token: bool = True
+    z_loss: bool = False
+    extras: tuple[Extra, ...] = ()
+    split: int = 0
 
 
 class MemoryModel:
@@ -144,7 +159,7 @@ class MemoryModel:
         def block(part: BlockBytes) -> BlockBytes:
             return BlockBytes(
                 grown(part.kept), grown(part.forward, fixed), grown(part.backward, fixed),
-                part.gradients, grown(part.flops), grown(part.again),
+                part.gradients, grown(part.flops), grown(part.again), grown(part.split, fixed),
             )  # fmt: skip
 
         return replace(
@@ -157,6 +172,9 @@ class MemoryModel:
             head_kept=grown(known.head_kept),
             evaluation=grown(known.evaluation, fixed),
             flops=grown(known.flops),
+            beside=grown(known.beside),
+            held=grown(known.held),
+            split_head=grown(known.split_head),
             light={
                 budget: ([block(part) for part in plain], [block(part) for part in again])
                 for budget, (plain, again) in known.light.items()
@@ -179,17 +197,25 @@ class MemoryModel:
             ]
         return max(sizes)
 
-    def loss(self) -> Loss:
-        """Returns what stands behind the last norm."""
+    def loss(self) -> Loss | None:
+        """Returns what stands behind the last norm; None where `extras` are all."""
+        z = self.setup.z_loss
+        if not (z or self.setup.next_token) and self.setup.extras:
+            return None
         if not self.bare_head:
-            return any_head_loss
-        return frozen_head_loss_gpu if self.setup.target == "cuda" else frozen_head_loss
+            return partial(any_head_loss, z=z)
+        if self.setup.target == "cuda" and not z:
+            return frozen_head_loss_gpu
+        return partial(frozen_head_loss, z=z)
 
     def _trace(self, batch: Batch) -> Activations:
         shadow, compiled = self.shadow, self.setup.compiled
         loss = self.loss()
-        again = trace_step(shadow, batch, loss, recompute=True, fused_norms=compiled)
-        around = plain = trace_step(shadow, batch, loss)
+        extras, split = self.setup.extras, self.setup.split > 0
+        again = trace_step(
+            shadow, batch, loss, recompute=True, fused_norms=compiled, extras=extras, split=split
+        )
+        around = plain = trace_step(shadow, batch, loss, extras=extras, split=split)
         plains, agains = plain.blocks, again.blocks
         notes = ["each layer's operations traced on tensors without data"]
         if compiled:
@@ -208,7 +234,7 @@ class MemoryModel:
                 # Compiled blocks keep their input, as computed-again ones do: so what is around.
                 around = again
                 notes = ["each layer's compiled graphs walked buffer by buffer"]
-        evaluation = trace_evaluation(shadow, batch, loss)
+        evaluation = trace_evaluation(shadow, batch, held_out_loss)
         kinds = shadow.stands_for
         return Activations(
             before=around.before,
@@ -220,13 +246,18 @@ class MemoryModel:
             evaluation=evaluation,
             flops=around.flops,
             notes=notes,
+            beside=around.beside,
+            held=around.held,
+            split_head=around.split_head,
         )
 
     def _compile(self, batch: Batch, budget: float = 1.0) -> list[tuple[BlockBytes, BlockBytes]]:
         """Returns each block of the shadow, kept and computed again, as compiled."""
-        shadow = self.shadow
+        shadow, donated = self.shadow, self.setup.split == 0
         return [
-            compiled_bytes(shadow, path, call, round_to=ROUND["cuda"], budget=budget)
+            compiled_bytes(
+                shadow, path, call, round_to=ROUND["cuda"], budget=budget, donated=donated
+            )
             for path, call in zip(shadow.blocks, block_calls(shadow, batch), strict=True)
         ]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from glasstune.core.plan import PARTS, Moment
 from glasstune.core.recompute import Recompute
-from glasstune.planner.trace import BlockBytes
+from glasstune.planner.watch import BlockBytes
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Activations:
         evaluation: The most while a batch is evaluated.
         flops: Floating point operations outside the blocks.
         notes: How the numbers were found.
+        beside: What lives through the whole backward beside what the blocks keep; see `StepBytes`.
+        held: Kept after the last block once every loss is there, before any backward.
+        split_head: Most above what the blocks keep, while a backward that lets nothing go runs
+            through the losses.
         light: Budget below 1 -> `plain` and `again` of layers that keep that share of theirs.
     """
 
@@ -59,6 +63,9 @@ class Activations:
     evaluation: int
     flops: int = 0
     notes: list[str] = field(default_factory=list)
+    beside: int = 0
+    held: int = 0
+    split_head: int = 0
     light: Mapping[float, tuple[Sequence[BlockBytes], Sequence[BlockBytes]]] = field(
         default_factory=dict
     )
@@ -82,6 +89,8 @@ def moments(
     context: int,
     workspace: int = 0,
     holes: float = 0.0,
+    split: int = 0,
+    accumulates: bool = False,
 ) -> list[Moment]:
     """Returns the peak of each phase of a run.
 
@@ -92,6 +101,8 @@ def moments(
         context: What the process itself takes.
         workspace: What libraries keep on the device (products' workspaces).
         holes: Free pieces that an allocator cannot give again, as a share of the activations.
+        split: Loss terms that have a backward of their own in an audited update.
+        accumulates: Whether an update has several forwards: gradients of one wait for the next.
 
     Returns:
         One entry a phase, in the order of a run.
@@ -103,7 +114,11 @@ def moments(
         kept = [0 if index < recompute.layers else block.kept for index, block in enumerate(blocks)]
         flying = min(_IN_FLIGHT, recompute.layers) * batch.entering
     stays = {"base": static.base + static.wide, "adapters": static.adapters, "context": context}
+    # An audited update holds each term's gradient, and what is left of the step's beside them.
+    audited = (split + 1) * static.gradients if split else 0
+    waiting = static.gradients if accumulates else 0
     run = {**stays, "optimizer": static.optimizer}
+    step = {**run, "gradients": waiting + (audited if accumulates else 0)}
 
     def moment(phase: str, where: str, parts: dict[str, int]) -> Moment:
         lost = round(holes * parts.get("activations", 0))
@@ -111,43 +126,61 @@ def moments(
         full["workspace"] += workspace + lost
         return Moment(phase, where, sum(full.values()), full)
 
-    found = [
-        moment(
-            "load", "weights are read",
-            {"base": static.base, "context": context, "workspace": static.load - workspace},
-        )
-    ]  # fmt: skip
-    forward, backward = [], []
+    load = {"base": static.base, "context": context, "workspace": static.load - workspace}
+    found = [moment("load", "weights are read", load)]
     alive = batch.before + flying
+    forward = []
     for index, block in enumerate(blocks):
-        forward.append(
-            moment(
-                "forward",
-                f"layer {index}",
-                {**run, "activations": alive, "workspace": block.forward},
+        parts = {**step, "activations": alive, "workspace": block.forward}
+        forward.append(moment("forward", f"layer {index}", parts))
+        alive += kept[index]
+    loss = {**step, "activations": alive, "workspace": batch.head}
+    found += [_highest(forward)] if blocks else []
+    found.append(moment("loss", "head and loss", loss))
+    if split and blocks:
+        # A term's own gradient is among those held, but where an earlier forward's is there too.
+        held = {**run, "gradients": audited + 2 * waiting}
+        passes = [("losses by themselves", alive, batch.split_head)] + [
+            (f"layer {index}, a term by itself", alive + batch.held, block.split - block.gradients)
+            for index, block in enumerate(blocks)
+        ]
+        found.append(
+            _highest(
+                [
+                    moment("audit", where, {**held, "activations": stay, "workspace": more})
+                    for where, stay, more in passes
+                ]
             )
         )
-        alive += kept[index]
-    loss = moment("loss", "head and loss", {**run, "activations": alive, "workspace": batch.head})
-    gradients = 0
+    backward = [
+        moment("backward", where, {**run, **parts, "gradients": parts["gradients"] + audited})
+        for where, parts in _backward(blocks, kept, alive, batch.beside, waiting)
+    ]
+    found += [_highest(backward)] if blocks else []
+    optimizer = {**run, "gradients": static.gradients + audited, "workspace": static.largest}
+    found.append(moment("optimizer", "adapters move", optimizer))
+    evaluation = {**run, "activations": 0, "workspace": batch.evaluation}
+    found.append(moment("evaluation", "held-out rows", evaluation))
+    return found
+
+
+def _backward(
+    blocks: Sequence[BlockBytes], kept: Sequence[int], alive: int, beside: int, waiting: int
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """Returns (where, parts) of each block's backward; gradients are added up as they come."""
+    gradients = waiting
     for index in reversed(range(len(blocks))):
         block = blocks[index]
         alive -= kept[index]
         own = min(kept[index], block.backward)
+        fresh = min(block.gradients, block.backward - own)
         parts = {
-            **run,
-            "activations": alive + own,
-            "workspace": block.backward - own - min(block.gradients, block.backward - own),
-            "gradients": gradients + min(block.gradients, block.backward - own),
+            "activations": alive + beside + own,
+            "workspace": block.backward - own - fresh,
+            "gradients": gradients + fresh,
         }
-        backward.append(moment("backward", f"layer {index}", parts))
-        gradients += block.gradients
-    found += [_highest(forward), loss, _highest(backward)] if blocks else [loss]
-    step = {**run, "gradients": static.gradients, "workspace": static.largest}
-    found.append(moment("optimizer", "adapters move", step))
-    evaluation = {**run, "activations": 0, "workspace": batch.evaluation}
-    found.append(moment("evaluation", "held-out rows", evaluation))
-    return found
+        yield f"layer {index}", parts
+        gradients += 0 if waiting else block.gradients
 
 
 def _highest(found: list[Moment]) -> Moment:

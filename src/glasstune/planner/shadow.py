@@ -7,7 +7,7 @@ saves and frees what a step of the real model does, and nothing has to be known 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glasstune.adapters.inject import add_adapter, keep_activation_dtype
-from glasstune.adapters.lora_layers import adapted_modules, lora_state, why_no_linear_lora
+from glasstune.adapters.lora_layers import (
+    LoraState,
+    Way,
+    adapted_modules,
+    lora_state,
+    why_no_linear_lora,
+)
 from glasstune.fast.bases import packed_source
 from glasstune.fast.blocks import find_blocks, find_norms
 from glasstune.fast.group import Group
@@ -41,10 +47,7 @@ class PlannedGroup(Group):
     def plan(self) -> None:
         """Binds the group as its first `look` would."""
         states = [lora_state(layer, True) for layer in self.layers]
-        ways = [state.way for state in states]
-        self.way = "plain" if "plain" in ways else "grouped" if "grouped" in ways else "wide"
-        if self.way == "grouped" and len(self.layers) == 1:
-            self.way = "plain"
+        self.way = self._way(states)
         if self.way == "plain":
             return
         if self.way == "wide":
@@ -58,7 +61,14 @@ class PlannedGroup(Group):
             self.source = packed_source(self.bases, self.kind)
 
     def look(self, in_training: bool = False) -> None:
-        """Leaves everything as `plan` left it."""
+        """Sees whether adapters are switched off; all else is as `plan` left it."""
+        self.way = self._way([lora_state(layer, True) for layer in self.layers])
+
+    def _way(self, states: Sequence[LoraState]) -> Way:
+        ways = {state.way for state in states}
+        if "plain" in ways or (ways == {"grouped"} and len(self.layers) == 1):
+            return "plain"
+        return "grouped" if "grouped" in ways else "wide"
 
 
 @dataclass

@@ -10,6 +10,7 @@ from glasstune.core.plan import Moment, PlanRecord, Several
 from glasstune.core.recompute import Recompute
 from glasstune.workflows.plan_batch import shape_of
 from glasstune.workflows.plan_device import Device, device_of
+from glasstune.workflows.plan_terms import planned_terms, terms_note, unplanned_terms
 from glasstune.workflows.plan_ways import alternatives, refusal
 from glasstune.workflows.prepare_run import Prepared
 
@@ -157,6 +158,7 @@ class Work:
             workspace=self.exchange
             + (self.device.library if host is None else host.packed_head),
             holes=self.device.slack if host is None else HOLES[self.config.audit.every_n_steps > 0],
+            split=self.model.setup.split, accumulates=self.prepared.schedule.share > rows,
         )  # fmt: skip
 
     def peak(self, rows: int, recompute: Recompute, length: int | None = None) -> Moment:
@@ -251,6 +253,8 @@ class Work:
             moments(
                 share.static, activations, recompute, context=self.device.context,
                 workspace=self.device.library + share.workspace, holes=self.device.slack,
+                split=0 if share.strategy == "fsdp2" else self.model.setup.split,
+                accumulates=self.prepared.schedule.share > rows,
             )
         )  # fmt: skip
         return Several(share.strategy, share.devices, high.bytes, high.parts)
@@ -276,6 +280,7 @@ class Work:
             "base": "exact: transformers' own conversion, bytes by formula",
             "adapters": "exact: PEFT's own layers; gradients and optimiser states likewise",
             "activations": "; ".join(self.activations.notes),
+            **({"losses": note} if (note := terms_note(self.prepared.terms)) else {}),
             "seconds": self.device.rate_note,
             **self.device.notes,
         }
@@ -296,17 +301,7 @@ class Work:
                     "offload_is_full", "info", "training.recompute", f"offload asked for: {_HERE}"
                 )
             )
-        names = [loss.name for loss in self.config.losses if loss.name != "next_token"]
-        if names:
-            found.append(
-                Finding(
-                    "terms_not_planned",
-                    "info",
-                    "losses",
-                    f"what {', '.join(names)} keep beside the next token's loss is not in the plan",
-                    "--measure runs a real step",
-                )
-            )
+        found += unplanned_terms(self.prepared.terms)
         return found
 
 
@@ -325,5 +320,5 @@ def _setup(prepared: Prepared, device: Device, source: Any) -> Any:
         dtype=model.dtype, int8_compute=model.int8_compute,
         optim=prepared.config.training.optim, target=device.kind, fast=device.fast,
         compiled=device.compiled, attention=model.attn_implementation or device.attention,
-        packed=prepared.data.train.packed,
+        packed=prepared.data.train.packed, **planned_terms(prepared),
     )  # fmt: skip
