@@ -255,6 +255,7 @@ def is_compiled_module(module: nn.Module) -> bool:
         type(module).__name__ == "OptimizedModule"
         or getattr(module, "_compiled_call_impl", None) is not None
         or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        or hasattr(module.__dict__.get("forward"), "compiled")  # within FSDP2's own hooks
     )
 
 

@@ -72,7 +72,14 @@ def _four_bit_key(base: Any) -> BaseKey | str:
     )
 
 
+def is_sharded(weight: Any) -> bool:
+    """Whether only this rank's part of a weight is there: a DTensor, until FSDP2 gathers it."""
+    return hasattr(weight, "to_local")
+
+
 def _full_key(base: nn.Module, weight: Tensor) -> BaseKey | str:
+    if is_sharded(weight):
+        return "fsdp2 gathers its weight for each call: a joined copy would be held for good"
     if type(weight) is not nn.Parameter or weight.layout != torch.strided:
         return f"its weight is a {type(weight).__name__}"
     if weight.dtype not in _FLOATS:
@@ -131,6 +138,8 @@ def stored_bits(base: Any) -> int:
     """Returns the bits of a stored weight."""
     if is_four_bit(base):
         return 4
+    if isinstance(base, Int8Linear):
+        return 8  # also where a sharded base's bytes pass for another type
     weight = getattr(base, "weight", None)
     return 16 if not isinstance(weight, Tensor) else 8 * weight.element_size()
 
@@ -138,7 +147,7 @@ def stored_bits(base: Any) -> int:
 def packed_source(bases: list[Any], kind: Kind) -> Packed4bit | PackedInt8:
     """Returns the packed weights of a group, as they are now."""
     if kind == "int8":
-        return PackedInt8([base.weight.data for base in bases], [base.scale for base in bases])
+        return PackedInt8([base.rows.data for base in bases], [base.scale for base in bases])
     parts = []
     for base in bases:
         part = four_bit_parts(base)

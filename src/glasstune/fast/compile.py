@@ -86,21 +86,41 @@ def _missing_compiler(device: torch.device) -> str | None:
 class Entry:
     """Stands where a block's compiled call is kept: looks at its groups, then runs the graph.
 
+    A block that FSDP2 shards gathers its weights in hooks of its call. They stay around the graph,
+    not in it: there the entry stands in the place of `forward`, which runs between them.
+
     Args:
         block: The block.
         groups: Those whose members lie in the block.
-        compiled: Its compiled call.
+        options: Of `torch.compile`.
     """
 
-    def __init__(self, block: nn.Module, groups: Sequence[Group], compiled: Any) -> None:
+    def __init__(
+        self, block: nn.Module, groups: Sequence[Group], options: Mapping[str, Any]
+    ) -> None:
         self.block: Any = block
-        self.plain: Callable[..., Any] = block._call_impl
+        self.sharded = any(kind.__name__ == "FSDPModule" for kind in type(block).__mro__)
+        self.plain: Callable[..., Any] = block.forward if self.sharded else block._call_impl
         self.groups = list(groups)
-        self.compiled = compiled
+        self.compiled: Any = torch.compile(self.plain, **options)
         # transformers 5.24 recomputes a layer from within its forward, 5.17 from around its call.
         self.recomputes_inside = not any(
             "__call__" in kind.__dict__ for kind in type(block).__mro__ if kind is not nn.Module
         )
+
+    def put_in(self) -> None:
+        """Lets calls of the block come here."""
+        if self.sharded:
+            self.block.forward = self
+        else:
+            self.block._compiled_call_impl = self
+
+    def take_out(self) -> None:
+        """Lets calls of the block go to the block again."""
+        if self.sharded:
+            del self.block.forward
+        else:
+            self.block._compiled_call_impl = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the block."""
@@ -159,17 +179,24 @@ def compile_regions(
         if module._compiled_call_impl is not None:
             continue
         inside = [group for group in groups if group.paths[0].startswith(f"{path}.")]
-        compiled = torch.compile(module._call_impl, **options)
-        module._compiled_call_impl = Entry(module, inside, compiled)
+        Entry(module, inside, options).put_in()
         done.append(path)
     return done
+
+
+def entry_of(module: nn.Module) -> Entry | None:
+    """Returns what stands in a module's call, or None where it is not compiled by us."""
+    for found in (module._compiled_call_impl, module.__dict__.get("forward")):
+        if isinstance(found, Entry):
+            return found
+    return None
 
 
 def free_regions(regions: Mapping[str, nn.Module]) -> None:
     """Takes our compiled calls away again."""
     for module in regions.values():
-        if isinstance(module._compiled_call_impl, Entry):
-            module._compiled_call_impl = None
+        if (entry := entry_of(module)) is not None:
+            entry.take_out()
 
 
 def _is_cache(value: Any) -> bool:

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from glasstune.adapters.lora_layers import LoraState, Way, lora_state
-from glasstune.fast.bases import Kind, base_key, out_features, packed_source, put_rows, rows_of
+from glasstune.fast.bases import (
+    Kind,
+    base_key,
+    is_sharded,
+    out_features,
+    packed_source,
+    put_rows,
+    rows_of,
+)
 from glasstune.fast.fp8_home import Fp8Home
 from glasstune.kernels.expand import Packed4bit, PackedInt8
 from glasstune.kernels.fp8 import fp8_base, fp8_group
@@ -191,7 +199,9 @@ class Group:
 
     def _look_at_bases(self) -> None:
         """Sees whether the bases are what they were, and if not, what they are now."""
-        seen = [_signature(base) for base in self._present_bases()]
+        if any(is_sharded(base.weight) for base in self._present_bases()):
+            return  # outside a call: within one FSDP2 has gathered them
+        seen = [_signature(base, self.kind) for base in self.bases]
         if seen == self._seen:
             return
         self._seen = []
@@ -207,7 +217,7 @@ class Group:
             self.home, self._versions = Fp8Home(self.bases, self.layout), []
         else:
             self.source = packed_source(self.bases, self.kind)
-        self._seen = [_signature(base) for base in self.bases]
+        self._seen = [_signature(base, self.kind) for base in self.bases]
 
     def _bind(self, states: list[LoraState]) -> None:
         """Takes the active adapter's tensors; another one has its own ranks and scales."""
@@ -267,12 +277,16 @@ class Group:
         self._versions, self._unsure = versions, grad
 
 
-def _signature(base: Any) -> tuple[Any, ...]:
+def _signature(base: Any, kind: Kind) -> tuple[Any, ...]:
     """What tells that a base was moved, replaced, trained or given another forward."""
     weight, bias = base.weight, base.bias
+    # FSDP2 frees a storage and fills it again for each call: then its address is another, but a
+    # view of it, which is what a source holds, sees the new bytes.
+    packed = kind in ("4bit", "int8")
+    place = weight.untyped_storage()._cdata if packed else weight.data_ptr()
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     return (
-        base, id(weight), weight.data_ptr(), weight.device, weight.dtype, trained,
+        base, id(weight), place, weight.device, weight.dtype, trained,
         "forward" in base.__dict__,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from glasstune.core.choices import Choices
 from glasstune.core.speed import ModuleSpeed, SpeedRecord
-from glasstune.fast.compile import Entry, free_regions
+from glasstune.fast.compile import entry_of, free_regions
 from glasstune.fast.group import Group
 from glasstune.fast.members import detach, members_out
 
@@ -54,17 +54,15 @@ class SpeedReport:
     @contextmanager
     def plain(self) -> Iterator[None]:
         """Runs the model inside as PEFT alone would, for example to audit its structure."""
-        held: list[tuple[nn.Module, Any]] = []
-        for module in self._regions.values():
-            if isinstance(module._compiled_call_impl, Entry):
-                held.append((module, module._compiled_call_impl))
-                module._compiled_call_impl = None
+        held = [entry for module in self._regions.values() if (entry := entry_of(module))]
+        for entry in held:
+            entry.take_out()
         try:
             with members_out(self.groups):
                 yield
         finally:
-            for module, entry in held:
-                module._compiled_call_impl = entry
+            for entry in held:
+                entry.put_in()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object of the record."""

@@ -54,5 +54,7 @@ def four_bit_parts(linear: Any) -> FourBitParts | str:
         if state.state2.blocksize != 256:
             return f"double quantisation in blocks of {state.state2.blocksize}"
         nested = (state.state2.code, state.state2.absmax, state.offset)
-    packed = weight.data.reshape(-1).view(torch.uint8)
+    # Of a sharded weight this rank's bytes are there, until FSDP2 gathers it for a call.
+    stored = weight.to_local() if hasattr(weight, "to_local") else weight.data
+    packed = stored.reshape(-1).view(torch.uint8)
     return FourBitParts(packed, state.absmax, nested, state.code, int(state.blocksize))
