@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,13 @@ def test_prints_the_plan_and_writes_record_and_page(
     assert content["peak_bytes"] == sum(content["parts"].values())
     assert "Recomputation: no layer computed again" in out
     assert "activations" in out
+    # What the configuration leaves open, as a training run says it.
+    names = {choice["name"] for choice in content["choices"]}
+    assert {"data.packing", "training.compile", "training.save_steps"} & names
+    for choice in content["choices"]:
+        assert f"{choice['name']}: {choice['value']} ({choice['reason']})" in out
+        assert choice["name"] in page.read_text(encoding="utf-8")
+    assert not re.search(r"\b1 \w+s\b", out)
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert not (tmp_path / "run").exists()
 

@@ -26,6 +26,15 @@ def test_the_numbers_are_those_of_the_record() -> None:
         assert words in text, words
 
 
+def test_choices_stand_with_their_reasons() -> None:
+    choice = {"name": "training.compile", "value": False, "reason": "of <no> use here"}
+    text = plain(plan_page(hand_plan(choices=[choice], rows=1, updates=1)))
+    assert "training.compile False of <no> use here" in text
+    assert "Chosen by itself" not in plain(plan_page(hand_plan()))
+    assert "1 update of 2.5 s" in text
+    assert "1 x 2,048 tokens" in text
+
+
 def test_a_name_cannot_become_markup() -> None:
     page = plan_page(hand_plan(model="<script>alert(1)</script>"))
     assert "<script>alert(1)" not in page

@@ -28,6 +28,19 @@ def test_the_bar_is_to_scale() -> None:
     assert line.count(".") == 88 - 73
 
 
+def test_one_is_not_many() -> None:
+    text = printed(rows=1, updates=1)
+    assert "Largest batch: 1 row of 2,048 tokens" in text
+    assert "Time: 1 update of" in text
+
+
+def test_choices_are_printed_with_their_reasons() -> None:
+    choice = {"name": "training.compile", "value": False, "reason": "[of] no use here"}
+    text = printed(choices=[choice])
+    assert "training.compile: False ([of] no use here)" in text
+    assert "Chosen by itself" not in printed()
+
+
 def test_a_peak_above_the_limit_and_a_measured_one_are_marked() -> None:
     lines = bar_lines(hand_plan(limit_bytes=10 * GIB, measured_peak_bytes=15 * GIB).to_dict(), 73)
     assert lines[1].index("^") == 1 + 40

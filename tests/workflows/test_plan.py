@@ -65,6 +65,51 @@ def test_a_run_that_cannot_fit_is_refused_before_loading(
     assert "model.bits: 4" in caught.value.fix
 
 
+def test_a_refused_start_leaves_nothing_new(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path
+) -> None:
+    def refused(output: Path) -> None:
+        run = tiny_run(tiny_llama, qa_file, output, training={"max_memory": "20MiB"})
+        with pytest.raises(InputError, match="may be used"):
+            train(run, progress=QuietProgress())
+
+    refused(tmp_path / "new" / "er")
+    assert list(tmp_path.iterdir()) == []
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("kept", encoding="utf-8")
+    refused(mine)
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+    refused(mine / "inside")
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+
+
+def test_a_lock_that_was_just_taken_away_is_no_lock(tmp_path: Path) -> None:
+    """Between the opening of the file and its lock another start may fail and remove it."""
+    from glasstune.workflows import run_folder
+
+    real = run_folder._opened
+
+    def slow(path: Path) -> Any:
+        file = real(path)
+        path.unlink()
+        return file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "_opened", slow)
+        with (
+            pytest.raises(InputError, match="another run is writing"),
+            run_folder.sole_writer(tmp_path, Choices()),
+        ):
+            _never()
+    with (
+        run_folder.sole_writer(tmp_path, Choices()),
+        pytest.raises(InputError, match="another run is writing"),
+        run_folder.sole_writer(tmp_path, Choices()),
+    ):
+        _never()
+
+
 def _never(*_: Any, **__: Any) -> None:
     raise AssertionError("weights were loaded")
 

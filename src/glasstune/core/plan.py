@@ -122,6 +122,7 @@ class PlanRecord(Record):
         several: One of several devices, by formula.
         basis_of: How each number was found, by name.
         findings: What should be said.
+        choices: Automatic decisions with their reasons, as `Choices.to_list` has them.
     """
 
     peak_bytes: int
@@ -157,6 +158,7 @@ class PlanRecord(Record):
     several: list[Several] = field(default_factory=list)
     basis_of: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    choices: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:

@@ -29,6 +29,11 @@ def count_text(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def counted(count: int, one: str) -> str:
+    """Writes how many: `1 row`, `1,200 rows`; the plural takes an s."""
+    return f"{count:,} {one}" if count == 1 else f"{count:,} {one}s"
+
+
 def percent_text(share: float) -> str:
     """Writes a share of 0 to 1; what is not zero never reads as zero, nor a part as the whole."""
     if 0 < share < 0.001:

@@ -7,7 +7,7 @@ from typing import Any
 
 from glasstune.core.plan import PARTS
 from glasstune.core.units import format_bytes, format_seconds
-from glasstune.reports.numbers import percent_text
+from glasstune.reports.numbers import counted, percent_text
 from glasstune.reports.plan_text import ABOUT, PHASES
 from glasstune.reports.web.page import render_page
 
@@ -71,6 +71,9 @@ def plan_page(record: Any) -> str:
             (item["devices"], item["strategy"], format_bytes(item["peak_bytes"]))
             for item in json["several"]
         ],
+        "choices": [
+            (item["name"], str(item["value"]), item["reason"]) for item in json.get("choices", ())
+        ],
         "basis": list(json["basis_of"].items()),
     }  # fmt: skip
     return render_page(
@@ -89,7 +92,7 @@ def _totals(json: Json) -> list[tuple[str, str, str]]:
     found = [
         (format_bytes(json["peak_bytes"]), f"at the peak, of {limit}", json["limit_reason"]),
         (format_seconds(json["total_seconds"]), "in all",
-         f"{json['updates']:,} updates of {format_seconds(json['seconds_per_update'])}, "
+         f"{counted(json['updates'], 'update')} of {format_seconds(json['seconds_per_update'])}, "
          f"{json['basis']}"),
         (format_bytes(json["disk_bytes"]), "on disk", "checkpoints and adapter"),
     ]  # fmt: skip
@@ -125,7 +128,7 @@ def _facts(json: Json) -> list[tuple[str, str]]:
         ("base", f"{json['bits']} bit"),
         ("device", str(json["device"])),
         ("layers computed again", recomputed),
-        ("largest batch", f"{json['rows']} x {json['length']:,} tokens"),
+        ("largest batch", f"{json['rows']} x {counted(json['length'], 'token')}"),
         ("trained in it", f"{json['trained_tokens']:,}"),
         ("speed", f"{json['tokens_per_second']:,.0f} tokens/s"),
         ("evaluations", format_seconds(json["evaluation_seconds"])),

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from glasstune.core.plan import PARTS
 from glasstune.core.units import format_bytes, format_seconds
-from glasstune.reports.tables import print_findings, say
+from glasstune.reports.numbers import counted
+from glasstune.reports.tables import print_choices, print_findings, say
 
 Json = Mapping[str, Any]
 
@@ -77,6 +78,10 @@ def print_plan(record: Any, console: Console) -> None:
     say(console, "")
     for name, text in json["basis_of"].items():
         say(console, f"{name}: {text}")
+    if json.get("choices"):
+        say(console, "")
+        say(console, "Chosen by itself:")
+        print_choices(json["choices"], console)
     if json["findings"]:
         say(console, "")
         print_findings(json["findings"], console)
@@ -151,7 +156,8 @@ def _where(json: Json) -> str:
 def _print_time(json: Json, console: Console) -> None:
     say(
         console,
-        f"Time: {json['updates']:,} updates of {format_seconds(json['seconds_per_update'])}, "
+        f"Time: {counted(json['updates'], 'update')} of "
+        f"{format_seconds(json['seconds_per_update'])}, "
         f"{format_seconds(json['total_seconds'])} in all "
         f"({format_seconds(json['evaluation_seconds'])} of it evaluations), about "
         f"{json['tokens_per_second']:,.0f} tokens/s: {json['basis']}",
@@ -161,7 +167,7 @@ def _print_time(json: Json, console: Console) -> None:
     say(console, f"Disk: {format_bytes(json['disk_bytes'])} written; download: {download}")
     say(
         console,
-        f"Largest batch: {json['rows']} rows of {json['length']:,} tokens, "
+        f"Largest batch: {counted(json['rows'], 'row')} of {counted(json['length'], 'token')}, "
         f"{json['trained_tokens']:,} trained",
     )
 

@@ -39,11 +39,13 @@ def plan(config: Config, *, measure: bool = False, progress: Progress | None = N
     choices = Choices()
     prepared = prepare(config, choices, progress)
     planned = plan_run(prepared, progress)
+    record = planned.record
     if measure:
         from glasstune.workflows.plan_measure import measured
 
-        return measured(planned, progress)
-    return planned.record
+        record = measured(planned, progress)
+    record.choices = [item for item in choices.to_list() if item["name"] != "plan.peak"]
+    return record
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,9 @@ def plan_run(
         asked = prepared.config.training.distributed.strategy
         why = why if asked == "auto" else "asked for"
         prepared.choices.record("training.distributed.strategy", prepared.strategy, why)
+    if rows != prepared.schedule.micro:
+        why_rows = f"{prepared.schedule.micro} would not be the fastest that fits"
+        prepared.choices.record("training.per_device_train_batch_size", rows, why_rows)
     schedule = replace(prepared.schedule, micro=rows)
     prepared.config.training.per_device_train_batch_size = rows
     record = work.record(option, rows)

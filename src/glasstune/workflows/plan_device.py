@@ -119,7 +119,7 @@ def device_of(prepared: Prepared, updates: int) -> Device:
     from glasstune.models.load import choose_device
 
     place = choose_device(prepared.config.model.device, Choices())
-    compiled, _ = decide(prepared.config.training.compile, place, updates, Choices())
+    compiled, _ = decide(prepared.config.training.compile, place, updates, prepared.choices)
     family = family_of(prepared.resolved.config)
     name = "CPU"
     if place.type == "cuda":

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 from glasstune.core.choices import Choices
 from glasstune.core.config import Config
@@ -62,8 +63,11 @@ def output_folder(config: Config, choices: Choices) -> Path:
     return Path(str(config.training.output_dir))
 
 
-def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+def claim_folder(folder: Path, resume: bool, overwrite: bool) -> list[Path]:
     """Makes the folder, or refuses to touch a run that is there; nothing is removed yet.
+
+    Returns:
+        The folders that were made, the innermost first.
 
     Raises:
         InputError: It holds a run and neither way was named, both were, it is a file, or there
@@ -82,7 +86,7 @@ def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             where=str(folder),
             fix="name a folder",
         )
-    holds_run = any((folder / name).exists() for name in (*OWN_FILES, *OWN_FOLDERS))
+    holds_run = _holds_run(folder)
     if resume and not holds_run:
         raise InputError(
             "nothing_to_resume",
@@ -98,17 +102,33 @@ def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             fix="--resume goes on with it, --overwrite starts anew, "
             "training.output_dir=... writes elsewhere",
         )
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
+        _remove_empty(made)
         raise InputError(
             "output_not_writable",
             f"nothing can be written there: {error.strerror}",
             where=str(folder),
             fix="training.output_dir=... names another folder",
         ) from None
+    return made
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (*OWN_FILES, *OWN_FOLDERS))
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, the innermost first, as far as nothing is in them."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def resumed_by_torchrun(
@@ -130,27 +150,61 @@ def resumed_by_torchrun(
 
 
 @contextmanager
-def sole_writer(folder: Path, choices: Choices) -> Iterator[None]:
+def sole_writer(folder: Path, choices: Choices, made: Sequence[Path] = ()) -> Iterator[None]:
     """Holds the folder's lock, so that two runs never mix their checkpoints.
 
-    The kernel lets go of the lock when the process dies: a kill leaves nothing to clean up.
+    The kernel lets go of the lock when the process dies: a kill leaves nothing to clean up. A start
+    that fails before it has written anything takes its lock and the folders it made away again.
+
+    Args:
+        folder: The run folder.
+        choices: Where a file system without locks is noted.
+        made: Folders that this start has made, the innermost first.
 
     Raises:
         InputError: Another process is training into this folder.
     """
-    with (folder / ".lock").open("w") as file:
+    path = folder / ".lock"
+    fresh = not path.exists()
+    with _opened(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(
-                "output_in_use",
-                "another run is writing into this folder right now",
-                where=str(folder),
-                fix="wait for it or stop it, or name another training.output_dir",
-            ) from None
+            raise _in_use(folder) from None
         except OSError as error:
             choices.record("run_folder.lock", False, f"this file system has none: {error.strerror}")
-        yield
+        if not _still_there(path, file):  # a start that failed has just taken it away
+            raise _in_use(folder)
+        try:
+            yield
+        except BaseException:
+            if fresh and not _holds_run(folder):
+                path.unlink(missing_ok=True)
+                _remove_empty(made)
+            raise
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return path.open("w")
+    except FileNotFoundError:  # its folder went with a start that failed
+        raise _in_use(path.parent) from None
+
+
+def _still_there(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _in_use(folder: Path) -> InputError:
+    return InputError(
+        "output_in_use",
+        "another run is writing into this folder right now",
+        where=str(folder),
+        fix="wait for it or stop it, or name another training.output_dir",
+    )
 
 
 def clear_run(folder: Path) -> None:

@@ -85,13 +85,14 @@ def _train(
     choices = Choices()
     folder = run_folder.output_folder(config, choices)
     writing = world.writes and not dry_run
+    made: list[Path] = []
     if writing:
         resume, overwrite = run_folder.resumed_by_torchrun(
             folder, this_rank().restart, resume, overwrite, choices
         )
-        run_folder.claim_folder(folder, bool(resume), overwrite)
+        made = run_folder.claim_folder(folder, bool(resume), overwrite)
     resume, overwrite = world.broadcast((resume, overwrite))
-    with run_folder.sole_writer(folder, choices) if writing else nullcontext():
+    with run_folder.sole_writer(folder, choices, made) if writing else nullcontext():
         with world.leader_first("prepare"):
             prepared = prepare(config, choices, progress, rank=world.rank, ranks=world.size)
         same_rows(world, prepared)
@@ -283,16 +284,12 @@ class _Session:
         from glasstune.audit.live import LiveAudit
 
         audit = self.config.audit
-        every = audit.every_n_steps
-        if run.adapted.sharded and every:
-            text = "fsdp2: each backward gathers weights from all ranks; the gate reads gradients"
-            every = self.choices.record("audit.every_n_steps", 0, text)
         return LiveAudit(
             run.adapted.model,
             run.optimizer,
             self.folder,
-            every=every,
-            structure=audit.first_step_gate != "off" and not run.adapted.sharded,
+            every=audit.every_n_steps,
+            structure=audit.first_step_gate != "off",
             log_every=self.config.training.logging_steps,
             total=run.schedule.total,
             attempt=attempt,
