@@ -54,6 +54,8 @@ class Group:
         self.reason = "not called yet"
         self.open = False
         self.bases = [layer.get_base_layer() for layer in self.layers]
+        # bitsandbytes writes into a module whose gathered weight it sees, which breaks a graph.
+        self.gathered = kind == "4bit" and any(is_sharded(base.weight) for base in self.bases)
         self.base_layout = Layout(
             self._width(), tuple(out_features(base) for base in self.bases), (), ()
         )
@@ -84,7 +86,7 @@ class Group:
         states = [lora_state(layer, in_training) for layer in self.layers]
         worst = max(states, key=lambda state: _ORDER[state.way])
         self.way, self.reason = worst.way, worst.reason
-        if self.way == "grouped" and len(self.layers) == 1:
+        if self.way == "grouped" and len(self.layers) == 1 and not self.gathered:
             self.way = "plain"  # a product of one base is PEFT's own
         if self.way == "wide":
             self._bind(states)

@@ -203,7 +203,8 @@ def _modules(
             found.append(ModuleSpeed(path, way, reason, bits, paths))
             continue
         if group.way == "grouped":
-            reason = f"{group.reason}: the base's product is shared, LoRA beside it"
+            shared = "is shared" if len(group.paths) > 1 else "takes the gathered weight"
+            reason = f"{group.reason}: the base's product {shared}, LoRA beside it"
         elif len(group.paths) > 1:
             reason = f"LoRA inside one product of {len(group.paths)}: {how}"
         else:

@@ -292,7 +292,8 @@ class Loop:
         run, audit = self.run, self.run.audit
         if audit is None:
             return ""
-        if run.adapted.compiled:  # which hides it: the update is computed once more without
+        # A compiled graph hides it: the update is computed once more without, where each rank can.
+        if run.adapted.compiled and not run.adapted.sharded:
             try:
                 with plain(run.adapted.model):
                     audit.examine(

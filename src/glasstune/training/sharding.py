@@ -21,9 +21,6 @@ from glasstune.models.head import causal_model
 from glasstune.models.packed import is_four_bit
 from glasstune.training.recompute import decoder_layers
 
-OFF = "fsdp2 gathers a layer's weights for its own pass: joined products and graphs keep their own"
-"""Why nothing is grouped or compiled."""
-
 
 def check_shardable(model: nn.Module) -> None:
     """Refuses what cannot be sharded.

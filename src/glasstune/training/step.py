@@ -88,13 +88,11 @@ class AdaptedModel:
         return self.filler is not None
 
     def keep_step(self, forwards: int) -> None:
-        """Runs forwards (and backwards, of nothing) that other ranks need this one for."""
+        """Runs forwards without gradients that other ranks need this one for."""
         assert self.filler is not None
         for _ in range(forwards):
-            with self.precision():
-                hidden = self.trained_hidden(self.filler, 0)
-            if hidden.requires_grad:
-                give_nothing(hidden)
+            with torch.no_grad(), self.precision():
+                self.trained_hidden(self.filler, 0)
 
     def slow_down(self) -> None:
         """Takes back what was sped up, and torch's settings with it."""
@@ -180,9 +178,9 @@ class AdaptedModel:
         )
 
 
-def give_nothing(hidden_Nd: Tensor) -> None:
-    """Runs a backward whose gradients are all zero."""
-    (hidden_Nd.float() * 0.0).sum().backward()  # type: ignore[no-untyped-call]
+def nothing_of(hidden_Nd: Tensor) -> Tensor:
+    """Returns a scalar of zero whose backward runs through the whole model and gives zeros."""
+    return (hidden_Nd.float() * 0.0).sum()
 
 
 def run_plainly(
@@ -193,7 +191,8 @@ def run_plainly(
     Args:
         adapted: The model.
         terms: Loss terms.
-        batches: The update's micro-batches; of the epoch in flight.
+        batches: The update's micro-batches; of the epoch in flight. Where weights are gathered
+            for each forward, all ranks give as many.
     """
     with torch.no_grad(), plain(adapted.model), adapted.precision():
         for batch in batches:
@@ -365,23 +364,23 @@ def launch_update(
     counts = update_counts(adapted, terms, batches, step, epoch, world)
     if counts is not None and not any(counts.values()):
         return None
-    if adapted.sharded:
-        adapted.keep_step(forwards - len(batches))
+    fillers = [] if adapted.filler is None else [adapted.filler] * (forwards - len(batches))
     sums: list[tuple[int, str, Tensor]] = []
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate([*batches, *fillers]):
         with adapted.precision():
             given = adapted.loss_batch(batch, step, epoch)
-            found = term_sums(terms, given)
+            found = term_sums(terms, given) if index < len(batches) else {}
         if counts is None:  # one micro-batch: its counts are the update's
             counts = {name: count for name, (_, count) in found.items()}
+        if adapted.sharded:  # an audit runs a backward a term: as many on every rank
+            for term in terms:
+                found.setdefault(term.name, (nothing_of(given.hidden), 0.0))
         scaled = {
             term.name: (term.config.weight_at(step) / counts[term.name], found[term.name][0])
             for term in terms
             if term.name in found and counts[term.name] > 0
         }
         if not scaled:
-            if adapted.sharded:
-                give_nothing(given.hidden)
             continue
         if counting is not None and not sums:
             counting.take_counts(step, counts)

@@ -49,10 +49,7 @@ def open_trained(
     # A 4-bit base is packed on the device, and PEFT reads its packing: it is sharded at the end.
     at_once = prepared.sharded and config.model.bits != 4
     if prepared.sharded:
-        from glasstune.training.sharding import OFF
-
         check_sharded(prepared)
-        plainly = OFF
     base = load_base(config.model, prepared.resolved, choices=prepared.choices, on_host=at_once)
     if at_once:
         _shard(prepared, base)
