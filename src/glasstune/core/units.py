@@ -55,6 +55,19 @@ def format_bytes(count: int | float) -> str:
     return f"{value:.1f} TiB"
 
 
+def format_bytes_up(count: int) -> str:
+    """Formats bytes like `format_bytes`, rounded up: what it says, read back, is no less."""
+    size = 1
+    while size < 2**40 and count >= 1024 * size:
+        size *= 1024
+    if size == 1:
+        return f"{count} B"
+    text = format_bytes(-(-count * 10 // size) * size / 10)
+    return (
+        text if parse_bytes(text) >= count else format_bytes((count * 10 // size + 2) * size / 10)
+    )
+
+
 def format_seconds(seconds: float) -> str:
     """Formats a duration: `45 s`, `3 min 05 s`, `2 h 10 min`."""
     total = round(seconds)

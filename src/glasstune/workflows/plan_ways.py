@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from glasstune.core.errors import InputError
 from glasstune.core.plan import Alternative
 from glasstune.core.recompute import Recompute
-from glasstune.core.units import format_bytes
+from glasstune.core.units import format_bytes, format_bytes_up
 
 if TYPE_CHECKING:
     from glasstune.planner.choose import Option
     from glasstune.workflows.plan_work import Work
 
+SWING = 16 * 2**20
+"""Bytes by which Python itself, with its libraries and data, may differ between two starts of one
+command: under 1 MiB was seen."""
+
+_WAYS = 2
 _SHORTEST = 64
 """Tokens; shorter rows are no advice."""
 
@@ -60,62 +66,128 @@ def _lengths(work: Work) -> list[int]:
     return found
 
 
+@dataclass(frozen=True)
+class _Change:
+    """Another configuration, as far as a plan depends on it.
+
+    Args:
+        words: Its keys and values, as they are written.
+        bits: Of the base, None for its own.
+        recompute: `training.recompute`, likewise.
+        rows: Rows of a forward, likewise.
+        length: Longest row, likewise.
+    """
+
+    words: str
+    bits: Literal[4] | None = None
+    recompute: Literal["auto"] | None = None
+    rows: int | None = None
+    length: int | None = None
+
+    def and_also(self, other: _Change) -> _Change:
+        """Returns both at once."""
+        return _Change(
+            f"{self.words} with {other.words}", self.bits or other.bits,
+            self.recompute or other.recompute, self.rows or other.rows,
+            self.length or other.length,
+        )  # fmt: skip
+
+    def needs(self, work: Work) -> int | None:
+        """Plans it anew; returns the least bytes it takes, or None where it cannot be."""
+        config, prepared = work.config, work.prepared
+        if self.bits is not None:
+            model = config.model.model_copy(update={"bits": self.bits})
+            config = config.model_copy(update={"model": model})
+        if self.recompute is not None:
+            training = config.training.model_copy(update={"recompute": self.recompute})
+            config = config.model_copy(update={"training": training})
+        schedule = prepared.schedule
+        if self.rows is not None:
+            schedule = replace(schedule, micro=self.rows)
+        try:
+            other = work.changed(replace(prepared, config=config, schedule=schedule), self.length)
+            return other.least_option()[0].peak
+        except InputError:  # options of this base that another one does not take
+            return None
+
+
 def refusal(work: Work) -> InputError:
     """Returns the error of a run that does not fit: its bytes, and three ways out."""
-    smallest = min(work.row_numbers())
-    least = min(work.options(smallest), key=lambda option: option.peak)
+    least, smallest = work.least_option()
     moment = work.peak(smallest, least.recompute)
     parts = ", ".join(
         f"{name} {format_bytes(size)}"
         for name, size in sorted(moment.parts.items(), key=lambda item: -item[1])[:3]
     )
+    # Another start may fit a whole base on fewer devices: then nobody reads the ways out.
+    ways = [] if work.prepared.may_shard else _ways_out(work, smallest)
     return InputError(
         "does_not_fit",
-        f"the run needs {format_bytes(least.peak)} at its {moment.phase} ({parts}), and "
+        f"the run needs {format_bytes_up(least.peak)} at its {moment.phase} ({parts}), and "
         f"{format_bytes(work.limit)} may be used ({work.limit_reason})",
         where="training.max_memory" if work.config.training.max_memory else "model.path",
-        fix="; or ".join(_ways_out(work, least, smallest)),
+        fix="; or ".join([*ways, _more_memory(work, least.peak)]),
     )
 
 
-def _ways_out(work: Work, least: Option, rows: int) -> list[str]:
-    """Three ways, each with its number."""
-    found: list[str] = []
-    config = work.config
+def _ways_out(work: Work, rows: int) -> list[str]:
+    """Two ways, each with its number: those that are enough, alone or several at once."""
+    singles = _changes(work, rows)
+    enough: list[tuple[str, int]] = []
+    short: list[tuple[str, int]] = []
 
-    def way(change: str, peak: int) -> None:
-        still = "" if peak <= work.limit else ", still too much alone"
-        found.append(f"{change} ({format_bytes(peak)}{still})")
+    def tried(change: _Change) -> bool:
+        needed = change.needs(work)
+        if needed is not None:
+            (enough if needed <= work.limit else short).append((change.words, needed))
+        return needed is not None and needed <= work.limit
 
-    if config.model.bits > 4:
-        fewer = _base_at(work, 4)
-        peak = least.peak - work.model.static.base - work.model.static.wide + fewer
-        way("model.bits: 4", peak)
-    if config.training.recompute in ("none", "full") and work.device.kind == "cuda":
-        policy = Recompute(work.model.layers, offload=True)
-        peak = work.peak(rows, policy).bytes
-        way("training.recompute: auto or offload", peak)
-    elif config.training.recompute == "none":
-        peak = work.peak(rows, Recompute(work.model.layers)).bytes
-        way("training.recompute: auto", peak)
+    for change in singles:
+        tried(change)
+    if len(enough) < _WAYS and len(singles) > 1:
+        together = singles[0]
+        for change in singles[1:]:
+            together = together.and_also(change)
+            if tried(together) or len(enough) >= _WAYS:
+                break
+    found = [f"{words} ({format_bytes(needed)})" for words, needed in enough[:_WAYS]]
+    short.sort(key=lambda item: item[1])
+    for words, needed in short[: _WAYS - len(found)]:
+        found.append(f"{words} ({format_bytes(needed)}, still too much)")
+    return [*found, "a smaller base model", "a smaller adapter.r"][:_WAYS]
+
+
+def _changes(work: Work, rows: int) -> list[_Change]:
+    """Returns what may be changed, the least loss first."""
+    config, found = work.config, list[_Change]()
+    if config.training.recompute != "auto":
+        found.append(_Change("training.recompute: auto", recompute="auto"))
     if rows > 1:
-        peak = work.peak(1, least.recompute).bytes
-        way("training.per_device_train_batch_size: 1", peak)
+        found.append(_Change("training.per_device_train_batch_size: 1", rows=1))
+    if config.model.bits > 4:
+        found.append(_Change("model.bits: 4", bits=4))
     length = work.batch.length // 2
-    if length >= _SHORTEST:
-        shorter = work.peak(rows, least.recompute, length).bytes
-        way(f"data.max_length: {length}", shorter)
-    # Those that are enough come first; a larger limit always is.
-    found.sort(key=lambda text: "still" in text)
-    found += ["a smaller base model", "a smaller adapter.r"][: max(0, 2 - len(found))]
-    return [*found[:2], f"a device or max_memory of {format_bytes(least.peak)} and more"]
+    if length >= _SHORTEST and (lost := _longer(work, length)) is not None:
+        gone = "" if config.data.truncation == "cut" else f", which drops {lost:.0%} of the rows"
+        found.append(_Change(f"data.max_length: {length}{gone if lost else ''}", length=length))
+    return found
 
 
-def _base_at(work: Work, bits: int) -> int:
-    from glasstune.models.inspect.precision import precision_record
+def _longer(work: Work, length: int) -> float | None:
+    """Returns the share of training rows that are longer; None where some set has no others."""
+    shares = []
+    for data in (work.prepared.data.train, work.prepared.data.validation):
+        if data is not None:
+            longer = sum(len(document) > length for document in data.documents)
+            shares.append(longer / max(1, len(data.documents)))
+    if work.config.data.truncation != "cut" and max(shares) == 1:
+        return None
+    return shares[0]
 
-    setup = work.model.setup
-    record = precision_record(
-        setup.source, bits, {"bnb_4bit_use_double_quant": True}, dtype=setup.dtype
-    )
-    return record.total_bytes
+
+def _more_memory(work: Work, needed: int) -> str:
+    """The last way out: more memory, so much that the same run is not refused again."""
+    size = format_bytes_up(needed + (SWING if work.device.kind == "cpu" else 0))
+    if work.config.training.max_memory is not None:
+        return f"training.max_memory: {size} and more, where a device has it"
+    return f"a device with {size} and more free"

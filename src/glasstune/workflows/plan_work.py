@@ -27,9 +27,22 @@ _HERE = (
 
 
 class Work:
-    """The numbers of one run."""
+    """The numbers of one run.
 
-    def __init__(self, prepared: Prepared, updates: int | None, least: int | None = None) -> None:
+    Args:
+        prepared: The run before its weights.
+        updates: How many will be made by this start; None for all.
+        least: Free bytes of the rank that has least, where there are several.
+        length: What the longest row is cut to; None for its own.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        updates: int | None,
+        least: int | None = None,
+        length: int | None = None,
+    ) -> None:
         from glasstune.models.inspect.source import open_source
         from glasstune.planner.host import host_of
         from glasstune.planner.model import MemoryModel
@@ -45,6 +58,8 @@ class Work:
         )
         self.model: MemoryModel = MemoryModel(_setup(prepared, self.device, source))
         batch = self._batch(prepared.schedule.micro)
+        if length is not None:
+            batch = _cut(batch, length)
         self.activations = self.model.activations(batch)
         self.batch = batch
         self.asked_rows = prepared.choices.get("training.per_device_train_batch_size") is None
@@ -102,6 +117,25 @@ class Work:
         if not found:
             raise refusal(self)
         return min(found, key=lambda pair: (pair[0].seconds, -pair[1]))
+
+    def changed(self, prepared: Prepared, length: int | None = None) -> Work:
+        """Works another run out, against the same limit.
+
+        Args:
+            prepared: It.
+            length: What its longest row is cut to.
+        """
+        other = Work(prepared, self.total, length=length)
+        other.limit, other.limit_reason = self.limit, self.limit_reason
+        other.asked_rows = self.asked_rows
+        if other.host is not None and self.host is not None:  # planning itself made it grow
+            other.host = replace(other.host, context=self.host.context)
+        return other
+
+    def least_option(self) -> tuple[Option, int]:
+        """Returns the way that takes the fewest bytes, and its rows of a forward."""
+        rows = min(self.row_numbers())
+        return min(self.options(rows), key=lambda option: option.peak), rows
 
     def row_numbers(self) -> list[int]:
         """Returns the rows of a forward that may be tried: the schedule's, smaller equal parts."""
@@ -303,6 +337,13 @@ class Work:
             )
         found += unplanned_terms(self.prepared.terms)
         return found
+
+
+def _cut(batch: Batch, length: int) -> Batch:
+    """Returns the same rows, cut; all that is left may be trained."""
+    trained = None if batch.trained is None else min(batch.trained, batch.rows * length)
+    bounds = None if batch.bounds is None else ((0, length),) * batch.rows
+    return replace(batch, length=length, trained=trained, bounds=bounds)
 
 
 def _setup(prepared: Prepared, device: Device, source: Any) -> Any:
