@@ -2,6 +2,7 @@
 
     python bench/gpu_distributed.py                    # every GPU, the shape of Llama-3-8B, 4 bit
     python bench/gpu_distributed.py --ranks 2 --bits 16 --parts ddp
+    python bench/gpu_distributed.py --parts fsdp2      # 4, 8 and 16 bit, compiled and not
     python bench/gpu_distributed.py --device cpu --ranks 2 --model toy --seq 64 --no-compile
 
 Random weights, made on the device; nothing is downloaded. torchrun's own launcher starts one
@@ -11,17 +12,21 @@ process a GPU. Each part prints `RESULT {json}` as soon as it is known:
 - `ddp`: all ranks train as many tokens each and add their gradients up as the run's loop does;
   `efficiency` is the tokens a second of all against `ranks` times those of `alone`;
 - `exchange`: that addition by itself, on the device and on the host;
-- `fsdp2`: bytes of a rank before and after the frozen base is sharded, what a plan expects, a step
-  of both, and whether the losses are the same bits.
+- `fsdp2`: bytes of a rank before and after the frozen base is sharded, what a plan expects, an
+  update of both, whether the losses are the same bits, and, compiled, whether graphs were made
+  after the second update. One line as PEFT computes it and one compiled, for 4, 8 and 16 bit; a
+  line `whole` before each, of the model that is not sharded yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +92,8 @@ def options(args: argparse.Namespace, *more: str) -> argparse.Namespace:
         "--model", args.model, "--bits", str(args.bits), "--batch", str(args.batch), "--seq",
         str(args.seq), "--layers", str(args.layers), "--device", args.device, *more,
     ]  # fmt: skip
+    if args.backend:
+        words += ["--backend", args.backend]
     found = gpu_step.parse(words)
     found.compile = args.compile
     return found
@@ -157,10 +164,12 @@ def exchange(world: Any, args: argparse.Namespace, step: SharedStep) -> None:
 
 
 def measure_fsdp2(world: Any, args: argparse.Namespace) -> None:
-    """The same model whole and sharded, every layer computed again, nothing compiled."""
+    """The same model whole and sharded, every layer computed again, each way as it is and compiled.
+
+    Each of the two kinds of update has a line of its own.
+    """
     from glasstune.training.sharding import shard_base
 
-    args.compile = False
     asked = options(args, "--recompute", "-1")
     model = gpu_step.build(asked)
     step = SharedStep(model, asked)
@@ -172,32 +181,73 @@ def measure_fsdp2(world: Any, args: argparse.Namespace) -> None:
         for name, value in model.named_parameters()
         if value.dtype != torch.float32 and not value.requires_grad and is_layer(name)
     )
-    found: dict[str, Any] = {"whole_bytes": memory(args)}
-    found["whole_ms"], found["whole_peak_bytes"], losses = some_steps(step, args)
-    step.optimizer.state.clear()
-    restore(step, held)
+    ways = (False, True) if args.compile else (False,)
+    bytes_whole = memory(args)
+    whole = {}
+    for way in ways:
+        whole[way] = measured(step, asked, args, held, way)
+        say(world, "whole", args, compiled=way, **whole[way])
     before = memory(args)
-    found["sharded_bytes"] = shard_base(model, step.trained[0].device, world.size)
+    shared: dict[str, Any] = {"frozen_layer_bytes": frozen, "whole_bytes": bytes_whole}
+    shared["sharded_bytes"] = shard_base(model, step.trained[0].device, world.size)
     after = memory(args)
     if before is not None and after is not None:
-        found["rank_bytes"], found["freed_bytes"] = after, before - after
-        found["expected_freed_bytes"] = frozen - -(-frozen // world.size)
-    found["ms"], found["peak_bytes"], again = some_steps(step, args)
-    found["same_losses"] = losses == again
-    say(world, "fsdp2", args, frozen_layer_bytes=frozen, **found)
+        shared["rank_bytes"], shared["freed_bytes"] = after, before - after
+        shared["expected_freed_bytes"] = frozen - -(-frozen // world.size)
+    for way in ways:
+        found, base = measured(step, asked, args, held, way), whole[way]
+        far = [abs(a - b) for a, b in zip(found.pop("losses"), base.pop("losses"), strict=True)]
+        base_ms = {f"whole_{name}": value for name, value in base.items()}
+        say(
+            world, "fsdp2", args, compiled=way, **found, same_losses=max(far) == 0.0,
+            furthest_loss=max(far), **base_ms, **shared,
+        )  # fmt: skip
+
+
+def measured(
+    step: SharedStep,
+    asked: argparse.Namespace,
+    args: argparse.Namespace,
+    held: list[Tensor],
+    compiled: bool,
+) -> dict[str, Any]:
+    """Some updates from the same weights, as PEFT computes them or sped up.
+
+    Returns:
+        Milliseconds, peak, losses; how adapted modules were computed, seconds until the third
+        update, and graphs made after the second.
+    """
+    from torch._dynamo.utils import counters
+
+    step.optimizer.state.clear()
+    restore(step, held)
+    torch._dynamo.reset()
+    start = time.perf_counter()
+    report = gpu_step.put_way(step.model, asked, "fast" if compiled else "eager")
+    peak(args)
+    losses = [float(step()) for _ in range(2)]
+    graphs = counters["stats"]["unique_graphs"]
+    losses.append(float(step()))
+    cold = time.perf_counter() - start
+    times = gpu_step.timed(step, args.few, args.device)
+    found: dict[str, Any] = {
+        "ms": round(statistics.median(times), 1), "ms_min": round(min(times), 1),
+        "peak_bytes": peak(args), "losses": losses,
+    }  # fmt: skip
+    if report is not None:
+        ways = Counter(module.way for module in report.record.modules)
+        found |= {
+            "modules": dict(ways), "regions": len(report.record.compiled),
+            "cold_seconds": round(cold, 1),
+            "late_graphs": counters["stats"]["unique_graphs"] - graphs,
+        }  # fmt: skip
+        report.undo()
+    return found
 
 
 def is_layer(name: str) -> bool:
     """Whether a parameter lies in a decoder layer."""
     return ".layers." in name or ".h." in name
-
-
-def some_steps(step: SharedStep, args: argparse.Namespace) -> tuple[float, int | None, list[float]]:
-    """Returns the milliseconds of an update, the peak, and the losses of three updates."""
-    peak(args)
-    losses = [float(step()) for _ in range(3)]
-    times = gpu_step.timed(step, 2, args.device)
-    return round(min(times), 1), peak(args), losses
 
 
 def weights_of(step: SharedStep) -> list[Tensor]:
@@ -212,6 +262,16 @@ def restore(step: SharedStep, values: list[Tensor]) -> None:
         value.copy_(held)
 
 
+def cases(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """What is measured, one after the other: (part, bits)."""
+    every = {"ddp": (4,), "fsdp2": (4, 8, 16)}
+    return [
+        (part, bits)
+        for part in args.parts.split(",")
+        for bits in ([args.bits] if args.bits else every[part])
+    ]
+
+
 def worker(args: argparse.Namespace) -> int:
     """One rank."""
     from glasstune.core.ranks import this_rank
@@ -219,12 +279,11 @@ def worker(args: argparse.Namespace) -> int:
 
     world = join(this_rank(), {}, device=args.device, timeout=240)
     try:
-        for part in args.parts.split(","):
+        for part, bits in cases(args):
+            args.bits = bits
             {"ddp": measure_ddp, "fsdp2": measure_fsdp2}[part](world, args)
+            gc.collect()
             if args.device == "cuda":
-                import gc
-
-                gc.collect()
                 torch.cuda.empty_cache()
     except BaseException as error:
         world.leave(error)
@@ -239,11 +298,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=max(1, torch.cuda.device_count()))
     parser.add_argument("--parts", default="ddp,fsdp2")
     parser.add_argument("--model", choices=gpu_step.SHAPES, default="llama8b")
-    parser.add_argument("--bits", type=int, choices=(16, 8, 4), default=4)
+    parser.add_argument("--bits", type=int, choices=(16, 8, 4), help="alone; see the parts")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=0, help="0 = all")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--few", type=int, default=5, help="timed updates of a case of fsdp2")
+    parser.add_argument("--backend", help="another compiler backend, for a test of this file")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
