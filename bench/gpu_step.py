@@ -88,7 +88,7 @@ def build(args: argparse.Namespace) -> Any:
     model.requires_grad_(False)
     model.config.use_cache = False
     if args.save:
-        model.save_pretrained(args.save)
+        save(model, args.save)
     pack(model, args.bits)
     if args.compute == "fp8":
         from glasstune.models.fp8 import convert_to_fp8
@@ -105,6 +105,17 @@ def build(args: argparse.Namespace) -> Any:
     if args.device == "cuda":
         torch.cuda.empty_cache()
     return model.train()
+
+
+def save(model: Any, folder: Path) -> None:
+    """Writes the weights, and a tokenizer of one word: some peers load no folder without one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<s>": 0}, unk_token="<s>"))
+    special = {"bos_token": "<s>", "eos_token": "<s>", "pad_token": "<s>", "unk_token": "<s>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
 def pack(model: Any, bits: int) -> None:
@@ -262,8 +273,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ways = Counter(module.way for module in report.record.modules) if report else {}
     result = {
         "way": args.way, "model": args.model, "layers": args.layers, "bits": args.bits,
-        "compute": args.compute, "seq": args.seq, "batch": args.batch, "budget": args.budget, "rank": args.rank,
-        "recompute": args.recompute, "offload": args.offload, "graph": args.graph,
+        "compute": args.compute, "seq": args.seq, "batch": args.batch, "budget": args.budget,
+        "rank": args.rank, "recompute": args.recompute, "offload": args.offload, "graph": args.graph,
         "ms": round(median, 1), "ms_min": round(min(times), 1),
         "tokens_per_second": round(args.batch * args.seq / median * 1e3),
         "peak_bytes": peak, "base_bytes": base, "losses": losses, "cold_seconds": round(cold, 1),

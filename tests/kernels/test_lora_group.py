@@ -173,11 +173,11 @@ def test_broken_copies_fail(fault, way, monkeypatch) -> None:
     right, plain = fused.adapter_gradients, fast(data, torch.float32)
     assert not too_far(plain, eager(data, torch.float32), truth(data, torch.float32))
 
-    def broken(grads, low_grad, x, low, layout, dtypes, needed):
+    def broken(grads, low_grad, x, low, layout, dtypes, needed, apart):
         if fault == "dropped tail":
             short = [grad[:-1] for grad in grads]
-            return right(short, low_grad[:-1], x[:-1], low[:-1], layout, dtypes, needed)
-        found = right(grads, low_grad, x, low, layout, dtypes, needed)
+            return right(short, low_grad[:-1], x[:-1], low[:-1], layout, dtypes, needed, apart)
+        found = right(grads, low_grad, x, low, layout, dtypes, needed, apart)
         if fault == "scaled A":
             found[0] = found[0] * 1.0001
         elif fault == "scaled B":

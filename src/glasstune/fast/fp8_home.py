@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,17 +57,13 @@ class Fp8Home:
         """
         low = self.low
         wide, turned = self.weights.wide, self.weights.turned
-        written = (
-            wide, turned, low.down_ki, low.up_nk, low.factor_k, low.bound, low.factor_back_k,
-            low.bound_back,
-        )  # fmt: skip
+        written = (wide, turned, *low.tensors())
         sides = (wide, self.weights.scale), (turned, self.weights.turned_scale)
-        write = _compiled_write() if wide.device.type == "cuda" else write_low
         if seen_to_change:
-            write(layout, downs, ups, low, *sides)
+            write_low(layout, downs, ups, low, *sides)
             return
         with _unsafe_preserve_version_counter(written):
-            write(layout, downs, ups, low, *sides)
+            write_low(layout, downs, ups, low, *sides)
 
     def release(self, bases: Sequence[Any]) -> None:
         """Gives the bases memory of their own again."""
@@ -77,9 +72,3 @@ class Fp8Home:
                 base.weight.data = base.weight.data.contiguous()
                 base.turned = base.turned.contiguous()
                 base.turned_scale = base.turned_scale.clone()
-
-
-@cache
-def _compiled_write() -> Callable[..., None]:
-    """Some 30 small operations a group: as they are, starting them takes longer than a layer."""
-    return torch.compile(write_low, dynamic=False)

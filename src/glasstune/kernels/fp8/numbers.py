@@ -1,9 +1,9 @@
 """Float8 numbers (e4m3) of rows with a scale each.
 
-A number of e4m3 has 4 significant bits, 448 is the largest, 2**-6 the smallest with all 4. Scales of
-weights are powers of two: they lose nothing, since a float's precision does not depend on them, and
-the same weight stored by rows and by columns then stands for the same numbers, so that the backward
-is that of the forward. Scales of activations are as they come.
+A number of e4m3 has 4 significant bits, 448 is the largest, 2**-6 the smallest with all 4. Scales
+of weights are powers of two: they lose nothing, since a float's precision does not depend on them,
+and the same weight stored by rows and by columns then stands for the same numbers, so that the
+backward is that of the forward. Scales of activations are as they come.
 """
 
 from __future__ import annotations

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glasstune.kernels.fp8.low import Low, extra_columns, widened_rows
-from glasstune.kernels.fp8.product import fp8_product
+from glasstune.kernels.fp8.low import Low, extra_columns
+from glasstune.kernels.fp8.product import fp8_product, fp8_rows
 from glasstune.kernels.lora_group.fused import adapter_gradients
 from glasstune.kernels.lora_group.layout import MAX_MEMBERS, Layout
-from glasstune.kernels.lora_group.op import member_outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +73,13 @@ def fp8_group(
     for index in range(MAX_MEMBERS):
         present = index < len(downs)
         flat += [downs[index] if present else None, ups[index] if present else None]
-    y = _GroupProduct.apply(
+    outs: tuple[Tensor, ...] = _GroupProduct.apply(
         x.reshape(-1, layout.width), weights.wide, weights.scale, weights.turned,
-        weights.turned_scale, low.down_ki, low.up_nk, low.factor_k, low.bound, low.factor_back_k,
-        low.bound_back, layout,
+        weights.turned_scale, low.down_ki, low.up_nk, low.factor_k, low.reach_k,
+        low.factor_back_k, low.reach_back_k, layout,
         flat[0], flat[1], flat[2], flat[3], flat[4], flat[5], flat[6], flat[7],
     )  # type: ignore[no-untyped-call]  # fmt: skip
-    return member_outputs(y if bias is None else y + bias, x, layout)
+    return _finished(outs, x, bias, layout)
 
 
 def fp8_base(
@@ -97,15 +96,48 @@ def fp8_base(
     Returns:
         [..., n_j] of each member in x's dtype.
     """
-    y = _FrozenProduct.apply(
+    outs: tuple[Tensor, ...] = _FrozenProduct.apply(
         x.reshape(-1, layout.width), weights.wide, weights.scale, weights.turned,
-        weights.turned_scale,
+        weights.turned_scale, layout,
     )  # type: ignore[no-untyped-call]  # fmt: skip
-    return member_outputs(y if bias is None else y + bias, x, layout)
+    return _finished(outs, x, bias, layout)
+
+
+def _finished(
+    outs: tuple[Tensor, ...], x: Tensor, bias: Tensor | None, layout: Layout
+) -> tuple[Tensor, ...]:
+    """Returns outputs [T, n_j] with their biases in the shape of x."""
+    if bias is not None:
+        rows = zip(outs, layout.out_slices(), strict=True)
+        outs = tuple(out + bias[part] for out, part in rows)
+    return tuple(out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs)
+
+
+def _products(
+    rows: Tensor, row_scale: Tensor, wide: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Returns each member's outputs, so that each has a gradient of its own.
+
+    One product serves all members, but for outputs much wider than the input. What is narrow is
+    copied out of it: attention keeps v as it is, and with a view it would keep q and k too.
+    """
+    if layout.apart:
+        return tuple(
+            fp8_product(rows, row_scale, wide[part], scale[part], dtype)
+            for part in layout.out_slices()
+        )
+    y: Tensor = fp8_product(rows, row_scale, wide, scale, dtype)
+    if len(layout.outs) == 1:
+        return (y,)
+    widest = max(layout.outs)
+    return tuple(
+        y[:, part] if 2 * size > widest else y[:, part].clone()
+        for part, size in zip(layout.out_slices(), layout.outs, strict=True)
+    )
 
 
 class _GroupProduct(torch.autograd.Function):
-    """(x, both weights, LoRA's columns, A and B of up to four members) -> y [T, n].
+    """(x, both weights, LoRA's columns, A and B of up to four members) -> y [T, n_j] of each.
 
     The columns already hold the values of A and B; these are inputs so that their gradients have a
     place, and saved so that a change between forward and backward is an error.
@@ -122,9 +154,9 @@ class _GroupProduct(torch.autograd.Function):
         down_ki: Tensor,
         up_nk: Tensor,
         factor_k: Tensor,
-        bound: Tensor,
+        reach_k: Tensor,
         factor_back_k: Tensor,
-        bound_back: Tensor,
+        reach_back_k: Tensor,
         layout: Layout,
         a0: Tensor,
         b0: Tensor,
@@ -134,59 +166,75 @@ class _GroupProduct(torch.autograd.Function):
         b2: Tensor | None,
         a3: Tensor | None,
         b3: Tensor | None,
-    ) -> Tensor:
-        """Returns y; saves x in its own precision and u."""
+    ) -> tuple[Tensor, ...]:
+        """Returns the outputs; saves x in its own precision and u."""
         low_Tk = x_Ti @ down_ki.t()
-        rows, row_scale = widened_rows(x_Ti, low_Tk, factor_k, bound, extra_columns(layout))
-        y: Tensor = fp8_product(rows, row_scale, wide, scale, x_Ti.dtype)
+        rows, row_scale = fp8_rows([x_Ti], low_Tk, factor_k, reach_k, extra_columns(layout))
+        outs = _products(rows, row_scale, wide, scale, layout, x_Ti.dtype)
         ctx.save_for_backward(
-            x_Ti, low_Tk, turned, turned_scale, up_nk, factor_back_k, bound_back,
+            x_Ti, low_Tk, turned, turned_scale, up_nk, factor_back_k, reach_back_k,
             a0, b0, a1, b1, a2, b2, a3, b3,
         )  # fmt: skip
         ctx.layout = layout
-        return y
+        return outs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_Tn: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:
         """Returns dx and the gradients of A and B, in the order of forward's inputs."""
-        x_Ti, low_Tk, turned, turned_scale, up_nk, factor_k, bound, *flat = ctx.saved_tensors
+        x_Ti, low_Tk, turned, turned_scale, up_nk, factor_k, reach_k, *flat = ctx.saved_tensors
         layout: Layout = ctx.layout
-        low_grad_Tk = grad_Tn @ up_nk
+        grads = list(given)
+        low_grad_Tk = _low_gradient(grads, up_nk, layout)
         dx_Ti = None
         if ctx.needs_input_grad[0]:
-            rows, row_scale = widened_rows(
-                grad_Tn, low_grad_Tk, factor_k, bound, extra_columns(layout)
-            )
-            dx_Ti = fp8_product(rows, row_scale, turned, turned_scale, grad_Tn.dtype)
+            rows, row_scale = fp8_rows(grads, low_grad_Tk, factor_k, reach_k, extra_columns(layout))
+            dx_Ti = fp8_product(rows, row_scale, turned, turned_scale, x_Ti.dtype)
         pairs = [tensor for tensor in flat if tensor is not None]
         needed = list(ctx.needs_input_grad[12 : 12 + len(pairs)])
+        dtypes = [tensor.dtype for tensor in pairs]
         found = adapter_gradients(
-            [grad_Tn], low_grad_Tk, x_Ti, low_Tk, layout, [p.dtype for p in pairs], needed,
-            apart=False,
-        )  # fmt: skip
+            grads, low_grad_Tk, x_Ti, low_Tk, layout, dtypes, needed, apart=True
+        )
         found += [None] * (2 * MAX_MEMBERS - len(found))
         return (dx_Ti, *[None] * 11, *found)
 
 
+def _low_gradient(grads: list[Tensor], up_nk: Tensor, layout: Layout) -> Tensor:
+    """Returns dy*sB [T, k] of the gradients of all members."""
+    if len(grads) == 1:
+        return grads[0] @ up_nk
+    members = zip(grads, layout.out_slices(), layout.rank_slices(), strict=True)
+    parts = [grad @ up_nk[out, rank] for grad, out, rank in members]
+    if rest := layout.columns - sum(layout.ranks):
+        parts.append(parts[0].new_zeros(len(parts[0]), rest))
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(parts, 1)
+
+
 class _FrozenProduct(torch.autograd.Function):
-    """(x, both weights) -> y [T, n], with a gradient for x alone; x is not saved."""
+    """(x, both weights) -> y [T, n_j] of each member, with a gradient for x alone."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_Ti: Tensor, wide: Tensor, scale: Tensor, turned: Tensor, turned_scale: Tensor
-    ) -> Tensor:
-        """Returns y."""
-        rows, row_scale = widened_rows(x_Ti, None, None, None, 0)
+        ctx: Any,
+        x_Ti: Tensor,
+        wide: Tensor,
+        scale: Tensor,
+        turned: Tensor,
+        turned_scale: Tensor,
+        layout: Layout,
+    ) -> tuple[Tensor, ...]:
+        """Returns the outputs."""
+        rows, row_scale = fp8_rows([x_Ti], None, None, None, 0)
         ctx.save_for_backward(turned, turned_scale)
-        y: Tensor = fp8_product(rows, row_scale, wide, scale, x_Ti.dtype)
-        return y
+        return _products(rows, row_scale, wide, scale, layout, x_Ti.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_Tn: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Returns dx."""
         turned, turned_scale = ctx.saved_tensors
-        rows, row_scale = widened_rows(grad_Tn, None, None, None, 0)
-        dx_Ti = fp8_product(rows, row_scale, turned, turned_scale, grad_Tn.dtype)
-        return dx_Ti, None, None, None, None
+        rows, row_scale = fp8_rows(list(grads), None, None, None, 0)
+        dx_Ti = fp8_product(rows, row_scale, turned, turned_scale, grads[0].dtype)
+        return dx_Ti, None, None, None, None, None

@@ -19,8 +19,9 @@ from torch import Tensor
 GPU_ROWS = 2048
 GPU_CHUNK_BYTES = 2**30
 _ALIGN = 8
-"""Rows of logits start at a multiple of these: 16 bytes at 16 bit. An odd vocabulary (BLOOM, GPT-2)
-would leave them anywhere, and cuBLAS with a kernel that took 6 times as long on an H100."""
+"""Rows of logits start at a multiple of these (16 bytes at 16 bit), and the few words of an odd
+vocabulary (BLOOM, GPT-2) beyond a multiple have products of their own: else cuBLAS takes kernels that
+were 6 times as slow on an H100."""
 
 LossRows = Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
 """See `reference.loss_rows_reference`."""
@@ -64,11 +65,27 @@ def nll_in_place(
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
             logits_CV = space[: part.stop - start, :vocabulary]
-            torch.mm(hidden_Nd[part], weight_Vd.T, out=logits_CV)
+            _logits(hidden_Nd[part], weight_Vd, logits_CV)
             loss_rows(logits_CV, targets_N[part], weights_N[part], nll_N[part], needs_grad)
             if grad_Nd is not None:
-                torch.mm(logits_CV, weight_Vd, out=grad_Nd[part])
+                _hidden_gradient(logits_CV, weight_Vd, grad_Nd[part])
     return nll_N.sum(), grad_Nd
+
+
+def _logits(hidden_Cd: Tensor, weight_Vd: Tensor, out_CV: Tensor) -> None:
+    """Writes the logits of a chunk."""
+    even = len(weight_Vd) // _ALIGN * _ALIGN
+    torch.mm(hidden_Cd, weight_Vd[:even].T, out=out_CV[:, :even])
+    if even < len(weight_Vd):
+        out_CV[:, even:] = hidden_Cd @ weight_Vd[even:].T
+
+
+def _hidden_gradient(logits_CV: Tensor, weight_Vd: Tensor, out_Cd: Tensor) -> None:
+    """Writes the gradient of a chunk's hidden states from that of its logits."""
+    even = len(weight_Vd) // _ALIGN * _ALIGN
+    torch.mm(logits_CV[:, :even], weight_Vd[:even], out=out_Cd)
+    if even < len(weight_Vd):
+        out_Cd.addmm_(logits_CV[:, even:], weight_Vd[even:])
 
 
 class FrozenHeadLoss(torch.autograd.Function):

@@ -51,7 +51,7 @@ def lora_group(
     )  # type: ignore[no-untyped-call]  # fmt: skip
     if layout.apart:
         return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
-    return member_outputs(outs[0], x, layout)
+    return _members(outs[0], x, layout)
 
 
 def base_group(
@@ -77,7 +77,7 @@ def base_group(
     y = FrozenProduct.apply(
         x.reshape(-1, layout.width), kept, None if kept is not None else weight, bias, layout
     )  # type: ignore[no-untyped-call]
-    return member_outputs(y, x, layout)
+    return _members(y, x, layout)
 
 
 @torch.no_grad()
@@ -100,8 +100,7 @@ def _check(x: Tensor, weight: Tensor, shape: tuple[int, int]) -> None:
         )
 
 
-def member_outputs(y: Tensor, x: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-    """Returns each member's part [..., n_j] of the outputs of all [T, n]."""
+def _members(y: Tensor, x: Tensor, layout: Layout) -> tuple[Tensor, ...]:
     # A model may write into an output (falcon adds to one): a part made by torch.split refuses.
     whole = y.view(*x.shape[:-1], layout.rows)
     if len(layout.outs) == 1:
