@@ -15,8 +15,9 @@ from tiny import save_tiny_model
 from torch import nn
 
 from glasstune.core.choices import Choices
+from glasstune.core.errors import InputError
 from glasstune.kernels.int8_linear import Int8Linear
-from glasstune.training.sharding import _as_floats
+from glasstune.training.sharding import _as_floats, check_shardable
 from glasstune.workflows.plan import plan_run
 from glasstune.workflows.plan_work import Work
 from glasstune.workflows.prepare_run import prepare
@@ -108,7 +109,7 @@ def test_packed_bytes_pass_for_floats_and_come_back(shape) -> None:
     [
         ({"model": {"bits": 8, "int8_compute": "llm_int8"}}, "Linear8bitLt"),
         ({"model": {"bits": 8, "quantization": {"llm_int8_threshold": 5.0}}}, "Linear8bitLt"),
-        ({"losses": [{"name": "next_token"}, {"name": "kl_to_base"}]}, "kl_to_base"),
+        ({"losses": [{"name": "mine", "function": "FOLDER/mine.py:loss"}]}, "function of your own"),
         ({"adapter": {"use_dora": True}}, "DoRA"),
         ({"adapter": {"init_lora_weights": "pissa"}}, "base's weights"),
     ],
@@ -117,12 +118,23 @@ def test_what_cannot_be_sharded_is_refused_by_name(
     tiny_llama, qa_file, tmp_path, several, changes, says
 ) -> None:
     training = {"distributed": {"strategy": "fsdp2"}}
+    (tmp_path / "mine.py").write_text("def loss(batch):\n    return batch.hidden.sum(), 1.0\n")
     config = written(tiny_llama, qa_file, tmp_path / "run", training=training, **changes)
+    config.write_text(config.read_text().replace("FOLDER", str(tmp_path)))
     ended = several.run(["train", str(config)], 2)
     assert ended.codes == [2, 2]
     (error,) = ended.errors()
     assert says in error
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_layers_that_cannot_be_sharded_are_refused() -> None:
+    """Where no configuration tells of them: a model that holds them already."""
+    for name, key in (("Linear8bitLt", "model.int8_compute"), ("Fp8Linear", "training.compute")):
+        model = nn.Sequential(type(name, (nn.Linear,), {})(4, 4))
+        with pytest.raises(InputError, match="fsdp2 cannot shard") as caught:
+            check_shardable(model)
+        assert (caught.value.code, caught.value.where) == ("cannot_shard", key)
 
 
 @pytest.fixture(scope="module")

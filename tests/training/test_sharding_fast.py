@@ -150,10 +150,12 @@ def two_sources(qa_file: Path, folder: Path) -> list[dict[str, str]]:
 
 
 def test_audits_by_term_of_a_sharded_base(tiny_llama, qa_file, tmp_path, several) -> None:
-    """Ranks without rows, or without rows of a term, run its backward too: weights are gathered."""
+    """Ranks without rows, or without rows of a term, run its backward (and the base) as well."""
     changes: dict[str, Any] = {
         "losses": [
-            {"name": "next_token"}, {"name": "z_loss", "weight": 0.5, "sources": ["b"]},
+            {"name": "next_token"},
+            {"name": "z_loss", "weight": 0.5, "sources": ["b"]},
+            {"name": "kl_to_base", "weight": 0.1, "sources": ["b"]},
         ],
         "audit": {"every_n_steps": 2},
         "data": {"sources": two_sources(qa_file, tmp_path)},
@@ -175,7 +177,7 @@ def test_audits_by_term_of_compiled_layers(tiny_llama, qa_file, tmp_path, severa
     for ranks in (1, 2):
         compiled_run(
             tiny_llama, qa_file, tmp_path / str(ranks), several, ranks,
-            losses=[{"name": "next_token"}, {"name": "z_loss", "weight": 0.5}],
+            losses=[{"name": "next_token"}, {"name": "kl_to_base", "weight": 0.5}],
             audit={"every_n_steps": 2}, **BITS[bits],
         )  # fmt: skip
     check_audits(tmp_path / "2", tmp_path / "1")

@@ -21,21 +21,35 @@ from glasstune.models.head import causal_model
 from glasstune.models.packed import is_four_bit
 from glasstune.training.recompute import decoder_layers
 
+_REFUSED = {
+    "Linear8bitLt": (
+        "bitsandbytes' Linear8bitLt",
+        "model.int8_compute",
+        "set model.int8_compute: w8a16 (without llm_int8_threshold and llm_int8_has_fp16_weight)",
+    ),
+    "Fp8Linear": (
+        "a float8 layer with a copy of its weight for the backward",
+        "training.compute",
+        "set training.compute: bf16",
+    ),
+}
+"""Layers by class: what they are, the key that makes them, what to do."""
+
 
 def check_shardable(model: nn.Module) -> None:
     """Refuses what cannot be sharded.
 
     Raises:
-        InputError: `cannot_shard`: LLM.int8 layers, or a family without separate layers.
+        InputError: `cannot_shard`: LLM.int8 or float8 layers, or a family without separate layers.
     """
     for path, module in model.named_modules():
-        if type(module).__name__ == "Linear8bitLt":
+        if (refused := _REFUSED.get(type(module).__name__)) is not None:
+            what, where, fix = refused
             raise InputError(
                 "cannot_shard",
-                f"{path} is bitsandbytes' Linear8bitLt, whose weight cannot be sharded by fsdp2",
-                where="model.int8_compute",
-                fix="set model.int8_compute: w8a16 (without llm_int8_threshold and "
-                "llm_int8_has_fp16_weight), or training.distributed.strategy: ddp",
+                f"{path} is {what}, which fsdp2 cannot shard",
+                where=where,
+                fix=f"{fix}, or training.distributed.strategy: ddp",
             )
     if not decoder_layers(model):
         raise InputError(

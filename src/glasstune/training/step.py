@@ -183,6 +183,29 @@ def nothing_of(hidden_Nd: Tensor) -> Tensor:
     return (hidden_Nd.float() * 0.0).sum()
 
 
+def every_sum(
+    adapted: AdaptedModel, seen: Sequence[Term], given: LossBatch, terms: Sequence[Term]
+) -> dict[str, tuple[Tensor, float]]:
+    """Sums of a forward; where each gathers weights, all ranks make as many of all kinds.
+
+    There a term without a position has a sum of zero, since an audit runs a backward for each,
+    and `kl_to_base` runs the base.
+
+    Args:
+        adapted: The model.
+        seen: Terms that are computed.
+        given: The forward.
+        terms: All terms.
+    """
+    found = term_sums(seen, given) if seen else {}
+    for term in terms if adapted.sharded else ():
+        if term.name not in found:
+            if term.name == "kl_to_base" and given.base is not None:
+                given.base()
+            found[term.name] = (nothing_of(given.hidden), 0.0)
+    return found
+
+
 def run_plainly(
     adapted: AdaptedModel, terms: Sequence[Term], batches: Sequence[MicroBatch]
 ) -> None:
@@ -196,7 +219,7 @@ def run_plainly(
     """
     with torch.no_grad(), plain(adapted.model), adapted.precision():
         for batch in batches:
-            term_sums(terms, adapted.loss_batch(batch, 1, adapted.rows.epoch))
+            every_sum(adapted, terms, adapted.loss_batch(batch, 1, adapted.rows.epoch), terms)
 
 
 @dataclass
@@ -369,12 +392,9 @@ def launch_update(
     for index, batch in enumerate([*batches, *fillers]):
         with adapted.precision():
             given = adapted.loss_batch(batch, step, epoch)
-            found = term_sums(terms, given) if index < len(batches) else {}
+            found = every_sum(adapted, terms if index < len(batches) else (), given, terms)
         if counts is None:  # one micro-batch: its counts are the update's
             counts = {name: count for name, (_, count) in found.items()}
-        if adapted.sharded:  # an audit runs a backward a term: as many on every rank
-            for term in terms:
-                found.setdefault(term.name, (nothing_of(given.hidden), 0.0))
         scaled = {
             term.name: (term.config.weight_at(step) / counts[term.name], found[term.name][0])
             for term in terms

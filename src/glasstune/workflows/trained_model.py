@@ -95,12 +95,12 @@ def check_sharded(prepared: Prepared) -> None:
             where="adapter.use_dora" if options.get("use_dora") else "adapter.init_lora_weights",
             fix="leave it out, or set training.distributed.strategy: ddp",
         )
-    more = [t.name for t in prepared.terms if t.function is not None or t.name == "kl_to_base"]
-    if more:
+    own = [term.name for term in prepared.terms if term.function is not None]
+    if own:
         raise InputError(
             "cannot_shard",
-            f"loss term {more[0]!r} runs forwards of its own, as many as a rank has rows for: with "
-            "fsdp2 all ranks must run the same number",
+            f"loss term {own[0]!r} is a function of your own, which may run forwards: with fsdp2 "
+            "all ranks must run the same number, also those without rows of the term",
             where="losses",
             fix="leave the term out, or set training.distributed.strategy: ddp",
         )
