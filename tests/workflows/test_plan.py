@@ -12,13 +12,13 @@ from runs import QuietProgress, tiny_run
 
 from glasstune.core.choices import Choices
 from glasstune.core.config_load import config_from_mapping
-from glasstune.core.errors import InputError, RunError
+from glasstune.core.errors import InputError
 from glasstune.core.plan import PARTS
 from glasstune.core.recompute import Recompute
 from glasstune.workflows import plan as plan_module
 from glasstune.workflows.plan import plan, plan_run, plan_start, small
 from glasstune.workflows.plan_batch import largest_batch, longest_rows
-from glasstune.workflows.plan_measure import compared, dry_step, memory_named
+from glasstune.workflows.plan_measure import compared, dry_step
 from glasstune.workflows.prepare_run import prepare
 from glasstune.workflows.train import train
 from glasstune.workflows.trained_model import open_trained
@@ -285,46 +285,6 @@ def test_offload_on_a_cpu_is_said(tiny_llama: Path, qa_file: Path, tmp_path: Pat
     assert "offload asked for" in choice.reason
 
 
-def test_out_of_memory_is_one_clear_error(tiny_llama: Path, qa_file: Path, tmp_path: Path) -> None:
-    found = planned(tiny_run(tiny_llama, qa_file, tmp_path / "run"))
-    with pytest.raises(RunError) as caught, memory_named(found, "the last checkpoint is kept"):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-    assert caught.value.code == "out_of_memory"
-    assert "Tried to allocate 2.00 GiB" in caught.value.message
-    assert "planned were" in caught.value.message
-    assert "the last checkpoint is kept" in caught.value.fix
-    with pytest.raises(ValueError, match="other"), memory_named(found):
-        raise ValueError("other")
-
-
-def test_out_of_memory_in_training_keeps_the_last_checkpoint(
-    tiny_llama: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from glasstune.training import loop
-
-    real, seen = loop.launch_update, []
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        seen.append(1)
-        if len(seen) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "launch_update", failing)
-    run = tiny_run(
-        tiny_llama, qa_file, tmp_path / "run", training={"save_steps": 1, "max_steps": 4}
-    )
-    with pytest.raises(RunError) as caught:
-        train(run, progress=QuietProgress())
-    assert caught.value.code == "out_of_memory"
-    assert (tmp_path / "run" / "checkpoints" / "step-2").is_dir()
-    monkeypatch.setattr(loop, "launch_update", real)
-    again = tiny_run(
-        tiny_llama, qa_file, tmp_path / "run", training={"save_steps": 1, "max_steps": 4}
-    )
-    assert train(again, resume=True, progress=QuietProgress()).updates == 4
-
-
 def test_small_runs_need_no_plan_and_a_failed_plan_is_said(
     tiny_llama: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +301,29 @@ def test_small_runs_need_no_plan_and_a_failed_plan_is_said(
     said = prepared.choices.get("plan")
     assert said is not None
     assert said.reason.startswith("warning: KeyError")
+    assert "max_memory" not in said.reason
+
+
+def test_a_planner_that_breaks_stops_no_run_and_shows_its_traceback(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glasstune.workflows import plan_work
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("a family that is unlike all others")
+
+    monkeypatch.setattr(plan_work, "_setup", broken)
+    training = {"max_steps": 1, "max_memory": "100GiB"}
+    progress = QuietProgress()
+    run = tiny_run(tiny_llama, qa_file, tmp_path / "run", training=training)
+    assert train(run, progress=progress).updates == 1
+    said = "\n".join(progress.lines)
+    assert "Traceback" in said
+    assert "in broken" in said
+    assert "a bug of Glasstune" in said
+    assert "nothing keeps the run within 100GiB" in said
+    with pytest.raises(KeyError):  # asked for alone, the plan's fault is an error
+        plan(run, progress=QuietProgress())
 
 
 def test_training_is_the_same_with_and_without_a_plan(

@@ -28,6 +28,7 @@ from glasstune.cli import (  # noqa: F401 - they register commands
 from glasstune.cli.app import app
 from glasstune.cli.common import emit
 from glasstune.core.errors import GlasstuneError
+from glasstune.core.memory import is_out_of_memory
 from glasstune.core.ranks import leave_exit_code
 
 INTERRUPTED = 130
@@ -74,6 +75,8 @@ def run(arguments: Sequence[str]) -> int:
         usage = _usage(error)
         if usage is not None:
             return _fail(usage, 2, target)
+        if is_out_of_memory(error):
+            return _fail(_short_of_memory(error), 1, target)
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
         sys.stderr.write("this is a bug of Glasstune: please report it with the lines above\n")
@@ -109,6 +112,12 @@ def repeated(words: Sequence[str]) -> str | None:
 
 def _error(code: str, message: str, where: str = "", fix: str = "") -> dict[str, str]:
     return {"code": code, "message": message, "where": where, "fix": fix}
+
+
+def _short_of_memory(error: Exception) -> dict[str, str]:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    fix = "free the device of other processes, or take fewer rows at a time, shorter ones, or bits"
+    return _error("out_of_memory", f"memory is short: {first}", fix=fix)
 
 
 def _usage(error: Exception) -> dict[str, str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ import torch
 from glasstune.adapters.state import restore_state
 from glasstune.core.errors import RunError
 from glasstune.core.findings import Finding
+from glasstune.core.memory import is_out_of_memory
 from glasstune.core.tensors import load_tensors
 from glasstune.fast.speed_up import plain
 from glasstune.training import checkpoint as checkpoints
@@ -55,6 +57,7 @@ class Loop:
         self._last_save = time.monotonic()
         self._saved = state.step  # a run begins with nothing, or from a checkpoint
         self._time_to_save = False
+        self._moving = False
         saves = run.config.training.save_steps
         self.eval_every = evaluation_interval(run.config.training, run.schedule.total)
         self.save_every = None if saves == "auto" else saves
@@ -76,6 +79,10 @@ class Loop:
                 self.run.optimizer.zero_grad(set_to_none=True)
                 self._save(force=True)
                 stopped_by = "signal"
+            except Exception as error:
+                if is_out_of_memory(error):
+                    self._save_what_stands(error)
+                raise
             finally:
                 gc.unfreeze()
                 self.run.progress.finish("train")
@@ -122,6 +129,17 @@ class Loop:
                 self._evaluate()
         self._save(force=True)
         return "done"
+
+    def _save_what_stands(self, error: Exception) -> None:
+        """Saves the updates that are done where memory was short in a later one."""
+        if self._moving or self.run.world.size > 1:
+            return  # some tensors may have moved; or the other ranks wait elsewhere
+        traceback.clear_frames(error.__traceback__)  # they hold the activations
+        self.run.optimizer.zero_grad(set_to_none=True)
+        try:
+            self._save(force=True)
+        except Exception as second:  # memory that is short is the error to be seen
+            self.run.progress.say(f"saving failed too: {type(second).__name__}: {second}")
 
     def _between_updates(self) -> None:
         """Where ranks agree on what one of them alone knows: a signal, the time since a save."""
@@ -190,10 +208,12 @@ class Loop:
         self._prepare_next()
         *sums, total = both.tolist()  # the update's one wait for the device
         result = self._read(launched, sums, sizes)
+        self._moving = True
         result.grad_norm, self._rate = move(
             run.parameters, run.optimizer, run.config.training, step, run.schedule.total,
             (norm, total),
         )  # fmt: skip
+        self._moving = False
         return result
 
     def _read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from glasstune.core.choices import WARNING, Choices
 from glasstune.core.config import Config
 from glasstune.core.config_load import load_config
 from glasstune.core.errors import InputError
+from glasstune.core.memory import is_out_of_memory
 from glasstune.core.plan import PlanRecord
 from glasstune.core.protocols import Progress
 from glasstune.core.recompute import Recompute
@@ -148,10 +150,7 @@ def plan_start(
     except InputError:
         raise
     except Exception as error:  # a plan that cannot be made must not stop a run that can
-        says = (str(error).splitlines() or [""])[0]
-        prepared.choices.record(
-            "plan", "not made", f"{WARNING}{type(error).__name__}: {says}; a rule of thumb decides"
-        )
+        _not_made(error, prepared, progress)
         return None
     training, layers = prepared.config.training, planned.record.layers
     chosen = planned.recompute
@@ -164,6 +163,23 @@ def plan_start(
         training.recompute = "offload" if chosen.offload else "full" if chosen.layers else "none"
     prepared.choices.record("recompute_layers", chosen.layers, planned.record.reason)
     return planned
+
+
+def _not_made(error: Exception, prepared: Prepared, progress: Progress) -> None:
+    """Says why there is no plan: with its traceback, since that is our fault, and what it costs."""
+    short = is_out_of_memory(error)
+    if not short:
+        for line in traceback.format_exception(error):
+            progress.say(line.rstrip())
+        progress.say(
+            "the plan could not be made, which is a bug of Glasstune: please report it with the "
+            "lines above; the run goes on without a plan"
+        )
+    says = (str(error).splitlines() or [""])[0]
+    limit = prepared.config.training.max_memory
+    unkept = "" if limit is None else f", and nothing keeps the run within {limit}"
+    why = f"{type(error).__name__}: {says}; a rule of thumb decides which layers are computed again"
+    prepared.choices.record("plan", "not made", f"{WARNING}{why}{unkept}")
 
 
 def rows_of_run(prepared: Prepared, folder: Path) -> Prepared:

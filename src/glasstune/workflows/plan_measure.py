@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glasstune.core.errors import RunError
+from glasstune.core.errors import GlasstuneError, RunError
 from glasstune.core.findings import Finding
+from glasstune.core.memory import is_out_of_memory, peak_resident_bytes
 from glasstune.core.protocols import Progress
 from glasstune.core.units import format_bytes, format_seconds
 from glasstune.workflows.plan_batch import largest_batch
@@ -33,7 +36,7 @@ def measured(planned: Planned, progress: Progress) -> PlanRecord:
     def note(finding: Finding) -> None:
         progress.say(f"{finding.severity}: {finding.where}: {finding.message}")
 
-    with memory_named(planned):
+    with memory_named(lambda: planned, None):
         opened = open_trained(prepared, note)
         adapted: AdaptedModel = opened[0]
         try:
@@ -142,14 +145,16 @@ def compared(planned: Planned, device: torch.device, seconds: float) -> PlanReco
 
 
 class memory_named:
-    """Turns the allocator's error into one that stands beside the plan.
+    """Turns an error of the allocator into one that stands beside the plan.
 
     Args:
-        planned: The plan.
-        kept: What is not lost, for the message.
+        planned: Returns the plan as it is then.
+        kept: Returns where the run was and what is not lost, for the message.
     """
 
-    def __init__(self, planned: Planned | None, kept: str = "") -> None:
+    def __init__(
+        self, planned: Callable[[], Planned | None], kept: Callable[[], tuple[str, str]] | None
+    ) -> None:
         self.planned = planned
         self.kept = kept
 
@@ -157,38 +162,79 @@ class memory_named:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        import torch
-
-        if not isinstance(error, torch.OutOfMemoryError):
+        if error is None or not is_out_of_memory(error):
             return
-        raise out_of_memory(error, self.planned, self.kept) from error
+        # A load takes what torch's CPU says for the checkpoint's fault.
+        if isinstance(error, GlasstuneError) and error.code != "cannot_load":
+            return
+        where, kept = ("", "") if self.kept is None else self.kept()
+        raise out_of_memory(error, self.planned(), where, kept) from error
 
 
-def out_of_memory(error: BaseException, planned: Planned | None, kept: str = "") -> RunError:
+def left_behind(folder: Path, done: int | None, total: int) -> tuple[str, str]:
+    """Returns where a run is, and how it goes on from what it has saved.
+
+    Args:
+        folder: Of the run.
+        done: Its updates so far; None where it has not begun.
+        total: All of them.
+    """
+    from glasstune.workflows.open_model import complete_steps
+
+    steps = complete_steps(folder / "checkpoints")
+    kept = f"--resume goes on from step-{steps[-1]}, which is complete" if steps else ""
+    if done is None:
+        return "while the model is opened", kept
+    return f"after update {done} of {total}", kept or "nothing was saved yet: --resume begins again"
+
+
+def out_of_memory(
+    error: BaseException, planned: Planned | None, where: str = "", kept: str = ""
+) -> RunError:
     """Returns the one clear error: the plan beside the allocator's numbers."""
-    import torch
-
     first = str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
-    numbers = ""
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        numbers = (
-            f"; allocated at most {format_bytes(torch.cuda.max_memory_allocated())}, reserved "
-            f"{format_bytes(torch.cuda.memory_reserved())}, free {format_bytes(free)} of "
-            f"{format_bytes(total)}"
-        )
     plan = ""
+    fix = "set training.recompute: full, or a smaller data.max_length"
     if planned is not None:
         record = planned.record
+        measured = (
+            f", a step of the longest batch took {format_bytes(record.measured_peak_bytes)}"
+            if record.measured_peak_bytes
+            else ""
+        )
         plan = (
             f"; planned were {format_bytes(record.peak_bytes)} of "
             f"{format_bytes(record.limit_bytes)} ({record.recompute_layers} of {record.layers} "
-            f"layers computed again, {record.rows} x {record.length} tokens)"
+            f"layers computed again, {record.rows} x {record.length} tokens){measured}"
         )
+        less = format_bytes(_LESS * record.peak_bytes)
+        fix = f"training.max_memory: {less} has a way planned that takes a tenth less"
     return RunError(
         "out_of_memory",
-        f"{first}{numbers}{plan}",
-        where="training",
-        fix="set training.max_memory to what is really free, or training.recompute: full"
-        + (f"; {kept}" if kept else ""),
+        f"memory is short: {first}; {_numbers(planned)}{plan}",
+        where=where or "training",
+        fix=fix + (f"; {kept}" if kept else ""),
+    )
+
+
+_LESS = 0.9
+
+
+def _numbers(planned: Planned | None) -> str:
+    """What the allocator says, or on a CPU the system."""
+    import torch
+
+    if torch.cuda.is_available() and (planned is None or planned.record.device != "CPU"):
+        free, total = torch.cuda.mem_get_info()
+        used, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        most = torch.cuda.max_memory_allocated()
+        return (
+            f"allocated {format_bytes(used)}, at most {format_bytes(most)}, reserved "
+            f"{format_bytes(held)}, free {format_bytes(free)} of {format_bytes(total)}"
+        )
+    from glasstune.planner.host import available_bytes
+
+    return (
+        f"this process held at most {format_bytes(peak_resident_bytes())}, free are "
+        f"{format_bytes(available_bytes())}"
     )

@@ -19,7 +19,7 @@ from glasstune.core.records import DryRunRecord, TrainRecord
 from glasstune.workflows import run_folder
 from glasstune.workflows.open_model import complete_steps
 from glasstune.workflows.plan import Planned, plan_start, rows_of_run
-from glasstune.workflows.plan_measure import measured_start, memory_named
+from glasstune.workflows.plan_measure import left_behind, measured_start, memory_named
 from glasstune.workflows.prepare_run import Prepared, prepare
 from glasstune.workflows.ranks import Decided, alone, least_free, meet, same_rows
 
@@ -103,9 +103,9 @@ def _train(
         if dry_run:
             return session.dry_run_record()
         try:
-            with memory_named(session.planned, "the last complete checkpoint is kept"):
-                run, state = session.open(resume)
-                return session.close(run, _loop(run, state), started)
+            with memory_named(lambda: session.planned, session.left_behind):
+                run, session.state = session.open(resume)
+                return session.close(run, _loop(run, session.state), started)
         finally:
             session.slow_down()
 
@@ -131,6 +131,7 @@ class _Session:
     findings: list[Finding] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     planned: Planned | None = None
+    state: LoopState | None = None
     _adapted: AdaptedModel | None = None
     _left: int = 0
 
@@ -234,6 +235,11 @@ class _Session:
             return total
         steps = complete_steps(self.folder / "checkpoints")
         return total - steps[-1] if steps else total
+
+    def left_behind(self) -> tuple[str, str]:
+        """Where the run is and what of it is on the disk, for the message of an early end."""
+        done = None if self.state is None else self.state.step
+        return left_behind(self.folder, done, self.prepared.schedule.total)
 
     def slow_down(self) -> None:
         """Takes back what was sped up, and torch's settings with it."""
