@@ -28,7 +28,7 @@ from glasstune.training.dropout import RowSeeds, mix
 from glasstune.training.inputs import FixedShape, Inputs, inputs_of, to_device
 from glasstune.training.nonfinite import check_finite
 from glasstune.training.replay import Replays
-from glasstune.training.terms import LossBatch, Term, term_sums
+from glasstune.training.terms import LossBatch, Term, every_sum, term_sums
 
 
 @dataclass
@@ -178,34 +178,6 @@ class AdaptedModel:
         )
 
 
-def nothing_of(hidden_Nd: Tensor) -> Tensor:
-    """Returns a scalar of zero whose backward runs through the whole model and gives zeros."""
-    return (hidden_Nd.float() * 0.0).sum()
-
-
-def every_sum(
-    adapted: AdaptedModel, seen: Sequence[Term], given: LossBatch, terms: Sequence[Term]
-) -> dict[str, tuple[Tensor, float]]:
-    """Sums of a forward; where each gathers weights, all ranks make as many of all kinds.
-
-    There a term without a position has a sum of zero, since an audit runs a backward for each,
-    and `kl_to_base` runs the base.
-
-    Args:
-        adapted: The model.
-        seen: Terms that are computed.
-        given: The forward.
-        terms: All terms.
-    """
-    found = term_sums(seen, given) if seen else {}
-    for term in terms if adapted.sharded else ():
-        if term.name not in found:
-            if term.name == "kl_to_base" and given.base is not None:
-                given.base()
-            found[term.name] = (nothing_of(given.hidden), 0.0)
-    return found
-
-
 def run_plainly(
     adapted: AdaptedModel, terms: Sequence[Term], batches: Sequence[MicroBatch]
 ) -> None:
@@ -217,9 +189,10 @@ def run_plainly(
         batches: The update's micro-batches; of the epoch in flight. Where weights are gathered
             for each forward, all ranks give as many.
     """
+    sums = every_sum if adapted.sharded else term_sums
     with torch.no_grad(), plain(adapted.model), adapted.precision():
         for batch in batches:
-            every_sum(adapted, terms, adapted.loss_batch(batch, 1, adapted.rows.epoch), terms)
+            sums(terms, adapted.loss_batch(batch, 1, adapted.rows.epoch))
 
 
 @dataclass
@@ -392,7 +365,10 @@ def launch_update(
     for index, batch in enumerate([*batches, *fillers]):
         with adapted.precision():
             given = adapted.loss_batch(batch, step, epoch)
-            found = every_sum(adapted, terms if index < len(batches) else (), given, terms)
+            if adapted.sharded:  # all ranks make as many forwards and backwards
+                found = every_sum(terms, given, seen=index < len(batches))
+            else:
+                found = term_sums(terms, given)
         if counts is None:  # one micro-batch: its counts are the update's
             counts = {name: count for name, (_, count) in found.items()}
         scaled = {

@@ -298,6 +298,31 @@ def term_sums(terms: Sequence[Term], batch: LossBatch) -> dict[str, tuple[Tensor
     return results
 
 
+def every_sum(
+    terms: Sequence[Term], batch: LossBatch, *, seen: bool = True
+) -> dict[str, tuple[Tensor, float]]:
+    """`term_sums`, with a sum of zero for each term that sees no position.
+
+    Where weights are gathered from all ranks, all make as many forwards and backwards: an audit
+    runs a backward for each term, and `kl_to_base` a forward of the base.
+
+    Args:
+        terms: The resolved terms.
+        batch: Trained positions of the micro-batch.
+        seen: Whether its positions count at all.
+
+    Returns:
+        name -> (sum, count) of each term; a zero has a graph through the whole model.
+    """
+    found = term_sums(terms, batch) if seen else {}
+    for term in terms:
+        if term.name not in found:
+            if term.name == "kl_to_base" and batch.base is not None:
+                batch.base()
+            found[term.name] = ((batch.hidden.float() * 0.0).sum(), 0.0)
+    return found
+
+
 def _cross_entropy_terms(
     terms: Sequence[Term], batch: LossBatch
 ) -> dict[str, tuple[Tensor, float]]:
