@@ -274,7 +274,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result = {
         "way": args.way, "model": args.model, "layers": args.layers, "bits": args.bits,
         "compute": args.compute, "seq": args.seq, "batch": args.batch, "budget": args.budget,
-        "rank": args.rank, "recompute": args.recompute, "offload": args.offload, "graph": args.graph,
+        "rank": args.rank, "recompute": args.recompute, "offload": args.offload,
+        "graph": args.graph,
         "ms": round(median, 1), "ms_min": round(min(times), 1),
         "tokens_per_second": round(args.batch * args.seq / median * 1e3),
         "peak_bytes": peak, "base_bytes": base, "losses": losses, "cold_seconds": round(cold, 1),

@@ -247,7 +247,9 @@ class TrainingConfig(Section):
     max_memory: str | None = None
     """Memory the run may take, for example "22GiB"; null = what is free."""
     compute: Literal["auto", "bf16", "fp8"] = "auto"
-    """Type of the base's products."""
+    """Type of the base's products; fp8 = float8 rows with a scale each, on GPUs that have them."""
+    fp8_keep: Literal["auto"] | list[str] = "auto"
+    """Layers that stay in bfloat16 under fp8, as globs of paths; auto = those whose error asks."""
     compile: Literal["auto", True, False] = "auto"
     """torch.compile of each decoder layer."""
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ class MergeJob:
         trained: The run's model section, where a run tells it.
         onto: The original weights, or what training's precision made of them.
         dtype: Type of the output.
+        fp8_keep: Where the run's products were float8, its `training.fp8_keep`; else None.
     """
 
     adapter: Path
@@ -51,6 +52,7 @@ class MergeJob:
     trained: ModelConfig | None
     onto: Onto = "original"
     dtype: str = "bfloat16"
+    fp8_keep: Sequence[str] | None = None
 
 
 @dataclass
@@ -139,7 +141,9 @@ def make_plan(job: MergeJob) -> MergePlan:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     attached = attach(model, job.adapter, paths, tensors)
     changes = read_changes(attached, paths)
-    training = None if job.trained is None else TrainingBase(_empty(job, False), job.trained)
+    training = (
+        None if job.trained is None else TrainingBase(_empty(job, False), job.trained, job.fp8_keep)
+    )
     names = [name for group in reader.map.groups for name in group.weights]
     dtype: torch.dtype = getattr(torch, job.dtype)
     float32 = float32_names(_empty(job, False), names, dtype)

@@ -2,21 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from glasstune.core.choices import Choices
+from glasstune.core.config import Config
 from glasstune.core.errors import InputError
 from glasstune.kernels.fp8 import Fp8Linear
+from glasstune.kernels.fp8.product import fp8_product, fp8_rows
 from glasstune.models.skips import eligible
 
-__all__ = ["Fp8Linear", "convert_to_fp8"]
+__all__ = ["Fp8Linear", "check_device", "convert_to_fp8", "kept", "to_fp8"]
+
+
+def to_fp8(model: Any, config: Config, choices: Choices) -> list[str]:
+    """Gives a loaded base float8 products.
+
+    Args:
+        model: A loaded base, without adapters.
+        config: `training.fp8_keep` and `model.quantization`.
+        choices: Notes how many layers, and where products are emulated.
+
+    Returns:
+        The paths of the layers that were converted.
+
+    Raises:
+        InputError: `no_fp8`: the GPU has none. `bad_weights`: see `convert_to_fp8`.
+            `nothing_quantized`: no layer is left to convert. `no_such_layer`: a pattern of
+            `fp8_keep` fits none.
+    """
+    device = model.device
+    check_device(device)
+    if device.type != "cuda":
+        choices.record(
+            "training.compute", "fp8", f"emulated: a {device.type} multiplies the float8 numbers "
+            "in float32, which shows what a GPU computes and is slower than bf16",
+        )  # fmt: skip
+    keep = config.training.fp8_keep
+    names = [] if keep == "auto" else keep
+    config.training.fp8_keep = names
+    skip = config.model.quantization.get("llm_int8_skip_modules")
+    _check_names(names, [path for path, _ in eligible(model, skip)])
+    done = convert_to_fp8(model, skip, names)
+    if not done:
+        raise InputError(
+            "nothing_quantized",
+            "training.compute is fp8, but no linear layer is left to convert",
+            where="training.fp8_keep" if names else "training.compute",
+            fix="shorten training.fp8_keep, or leave training.compute out",
+        )
+    choices.record(
+        "training.fp8_layers", len(done),
+        "exactly nn.Linear or Conv1D; the head, what is tied and training.fp8_keep stay bfloat16",
+    )  # fmt: skip
+    return done
+
+
+def _check_names(names: Sequence[str], paths: Sequence[str]) -> None:
+    for name in names:
+        if not any(kept(path, [name]) for path in paths):
+            near = ", ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
+            raise InputError(
+                "no_such_layer",
+                f"training.fp8_keep names {name!r}, and no layer of the base is called so",
+                where="training.fp8_keep",
+                fix=f"give paths, endings or globs; the layers end with {near}",
+            )
+
+
+def check_device(device: torch.device) -> None:
+    """Tries a float8 product.
+
+    Raises:
+        InputError: `no_fp8`: the GPU does not have them.
+    """
+    if device.type != "cuda":
+        return
+    name = torch.cuda.get_device_name(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    why = f"its compute capability is {major}.{minor}, and float8 products need 8.9"
+    if (major, minor) >= (8, 9):
+        ones = torch.ones(32, 32, device=device, dtype=torch.bfloat16)
+        try:
+            rows, scale = fp8_rows([ones], None, None, None, 0)
+            fp8_product(rows, scale, rows, scale[:, 0], torch.bfloat16)
+            return
+        except (RuntimeError, ImportError) as error:
+            why = str(error).strip().splitlines()[0]
+    raise InputError(
+        "no_fp8",
+        f"training.compute is fp8, and {name} cannot: {why}",
+        where="training.compute",
+        fix="leave training.compute out: bfloat16 products of the same base; model.bits: 8 takes "
+        "the least memory of those that round little, 4 the least of all",
+    )
 
 
 def convert_to_fp8(
-    model: PreTrainedModel, skip_modules: Sequence[str] | None, keep: Collection[str] = ()
+    model: PreTrainedModel, skip_modules: Sequence[str] | None, keep: Sequence[str] = ()
 ) -> list[str]:
     """Replaces linear layers in place, one at a time, freeing each 16-bit weight at once.
 
@@ -26,7 +114,7 @@ def convert_to_fp8(
     Args:
         model: A loaded model.
         skip_modules: Names as in `llm_int8_skip_modules`, or None.
-        keep: Paths of layers that stay as they are.
+        keep: Glob patterns of paths that stay as they are.
 
     Returns:
         The paths of the layers that were converted.
@@ -36,7 +124,7 @@ def convert_to_fp8(
     """
     converted = []
     for path, module in eligible(model, skip_modules):
-        if path in keep:
+        if kept(path, keep):
             continue
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
         bias = module.bias
@@ -53,3 +141,8 @@ def convert_to_fp8(
         model.set_submodule(path, replacement)
         converted.append(path)
     return converted
+
+
+def kept(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a layer stays in bfloat16: a pattern is its path, its ending, or a glob of either."""
+    return any(fnmatch(path, p) or fnmatch(path, f"*.{p}") for p in patterns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from glasstune.core.choices import Choices
 from glasstune.core.config import ModelConfig
 from glasstune.core.errors import InputError
 from glasstune.kernels.expand.reference import block_scales, expand_4bit_reference
+from glasstune.kernels.fp8.numbers import power_scales, to_rows
 from glasstune.kernels.int8_linear.reference import expand_rows, quantize_rows
 from glasstune.models.empty import float32_names
+from glasstune.models.fp8 import kept
 from glasstune.models.quantization import BLOCK_4BIT, bnb_config, int8_compute
 from glasstune.models.skips import eligible
 
@@ -29,12 +32,18 @@ class TrainingBase:
     Args:
         model: The plain base on the meta device.
         config: The run's model section.
+        fp8_keep: Where products were float8, the patterns of layers that stayed; else None.
 
     Raises:
         InputError: The section's quantisation options contradict each other.
     """
 
-    def __init__(self, model: PreTrainedModel, config: ModelConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: ModelConfig,
+        fp8_keep: Sequence[str] | None = None,
+    ) -> None:
         self.bits = config.bits
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self._float32 = float32_names(model, list(model.state_dict()), self.dtype)
@@ -43,21 +52,25 @@ class TrainingBase:
         options: Any = bnb_config(config, self.dtype, Choices())
         self._kind = str(getattr(options, "bnb_4bit_quant_type", "nf4"))
         self._double = bool(getattr(options, "bnb_4bit_use_double_quant", False))
-        if self.bits != 16:
-            skip = config.quantization.get("llm_int8_skip_modules")
+        self._fp8: set[str] = set()
+        skip = config.quantization.get("llm_int8_skip_modules")
+        if self.bits != 16 or fp8_keep is not None:
             self._turned = {
                 f"{path}.weight": isinstance(module, Conv1D)
                 for path, module in eligible(model, skip)
             }
+        if fp8_keep is not None:
+            self._fp8 = {name for name in self._turned if not kept(name[:-7], fp8_keep)}
 
     @property
     def label(self) -> str:
         """The precision in a few words: `4 bit (nf4, double quantisation), bfloat16`."""
         dtype = str(self.dtype).removeprefix("torch.")
+        fp8 = ", rounded to float8" if self._fp8 else ""
         if self.bits == 4:
             double = ", double quantisation" if self._double else ""
-            return f"4 bit ({self._kind}{double}), {dtype}"
-        return f"8 bit ({self._int8}), {dtype}" if self.bits == 8 else dtype
+            return f"4 bit ({self._kind}{double}), {dtype}{fp8}"
+        return f"8 bit ({self._int8}), {dtype}{fp8}" if self.bits == 8 else dtype + fp8
 
     def changes(self, name: str, stored: torch.dtype) -> bool:
         """Whether a weight of this stored type was another in training."""
@@ -77,12 +90,20 @@ class TrainingBase:
             return value
         rows = value.T.contiguous() if turned else value
         try:
-            expanded = self._four_bit(rows) if self.bits == 4 else self._eight_bit(rows)
+            expanded = self._expanded(rows)
+            if name in self._fp8:
+                scale = power_scales(expanded)
+                expanded = (to_rows(expanded, scale).float() * scale[:, None]).to(self.dtype)
         except ValueError as error:
             raise InputError(
                 "bad_weights", str(error), where=name, fix="repair the checkpoint"
             ) from error
         return expanded.T.contiguous() if turned else expanded
+
+    def _expanded(self, rows: Tensor) -> Tensor:
+        if self.bits == 16:
+            return rows
+        return self._four_bit(rows) if self.bits == 4 else self._eight_bit(rows)
 
     def _eight_bit(self, rows: Tensor) -> Tensor:
         if self._int8 == "w8a16":

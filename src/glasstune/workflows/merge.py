@@ -101,7 +101,7 @@ def merge(
     trained_on = _check_base(resolved, location, config, findings)
     job = MergeJob(
         adapter=location.adapter, resolved=resolved, folder=local_folder(resolved),
-        trained=trained, onto=cast(Onto, onto), dtype=dtype,
+        trained=trained, onto=cast(Onto, onto), dtype=dtype, fp8_keep=_fp8_keep(config),
     )  # fmt: skip
     tokenizer = _tokenizer(location.adapter, job.folder, trust, findings)
     if gguf:
@@ -270,6 +270,14 @@ def _check_base(
         where=str(location.adapter),
         fix="give the checkpoint that training used, unchanged, with --base",
     )
+
+
+def _fp8_keep(config: Config | None) -> list[str] | None:
+    """Returns the layers that a run with float8 products left alone; None for other runs."""
+    if config is None or config.training.compute != "fp8":
+        return None
+    keep = config.training.fp8_keep
+    return [] if keep == "auto" else keep
 
 
 def _trained_on(adapter: Path, config: Config | None) -> str | None:

@@ -143,17 +143,15 @@ def check_supported(config: Config) -> None:
     """
     training, model = config.training, config.model
     other = training.compute == "bf16" and model.dtype != "bfloat16"
-    waiting = {"training.compute": training.compute == "fp8" or other}
-    for key, asked in waiting.items():
-        if asked:
-            raise InputError(
-                "not_built",
-                "this setting is planned and not built yet",
-                where=key,
-                fix="set model.dtype: it is the type of the products too"
-                if key == "training.compute" and other
-                else "leave it at its default",
-            )
+    if other:
+        raise InputError(
+            "contradiction",
+            f"training.compute is bf16, but model.dtype is {model.dtype}",
+            where="training.compute",
+            fix="set model.dtype: it is the type of the products too",
+        )
+    if training.compute == "fp8":
+        _check_fp8(config)
     if training.learning_rate == 0:
         raise InputError(
             "learns_nothing",
@@ -169,6 +167,35 @@ def check_supported(config: Config) -> None:
             f"training.save_steps is {training.save_steps}, but training.save_strategy is epoch",
             where="training.save_steps",
             fix="keep one of them",
+        )
+
+
+def _check_fp8(config: Config) -> None:
+    """Refuses what float8 products do not go with."""
+    model = config.model
+    if model.dtype == "float32":
+        raise InputError(
+            "contradiction",
+            "training.compute is fp8, but model.dtype is float32: float8 products give bfloat16",
+            where="training.compute",
+            fix="set model.dtype: bfloat16, or leave training.compute out",
+        )
+    threshold = "llm_int8_threshold" in model.quantization
+    if model.bits == 8 and (model.int8_compute == "llm_int8" or threshold):
+        raise InputError(
+            "contradiction",
+            "LLM.int8 multiplies in int8, training.compute: fp8 in float8",
+            where="training.compute",
+            fix="set model.int8_compute: w8a16, without llm_int8_threshold",
+        )
+    init = config.adapter.lora_options().get("init_lora_weights", True)
+    if init not in (True, False, "gaussian"):
+        raise InputError(
+            "contradiction",
+            f"adapter.init_lora_weights: {init} changes the base's weights, and a float8 base is "
+            "rounded once",
+            where="adapter.init_lora_weights",
+            fix="leave it out, or leave training.compute out",
         )
 
 

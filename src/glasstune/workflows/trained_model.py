@@ -51,6 +51,10 @@ def open_trained(
     if prepared.sharded:
         check_sharded(prepared)
     base = load_base(config.model, prepared.resolved, choices=prepared.choices, on_host=at_once)
+    if config.training.compute == "fp8":
+        from glasstune.models.fp8 import to_fp8
+
+        to_fp8(base, config, prepared.choices)
     if at_once:
         _shard(prepared, base)
     speed = choose_speed(prepared, base.device, updates, plainly)

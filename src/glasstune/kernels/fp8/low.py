@@ -1,8 +1,8 @@
 """LoRA inside a float8 product, at bfloat16's precision.
 
-The product's inner dimension is widened. For y = x Wᵀ + (x Aᵀ)(sB)ᵀ the columns of W are followed by
-those of sB, and the columns of x by those of u = x Aᵀ; both are written as sums of two e4m3 numbers,
-u = u1 + u2 and sB = b1 + b2, 8 significant bits as bfloat16 has:
+The product's inner dimension is widened. For y = x Wᵀ + (x Aᵀ)(sB)ᵀ the columns of W are followed
+by those of sB, and the columns of x by those of u = x Aᵀ; both are written as sums of two e4m3
+numbers, u = u1 + u2 and sB = b1 + b2, 8 significant bits as bfloat16 has:
 
     [x, u1, u1, u2] · [W, b1, b2, b1]ᵀ = x Wᵀ + u (sB)ᵀ - u2 b2ᵀ
 

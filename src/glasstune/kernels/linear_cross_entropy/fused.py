@@ -20,8 +20,8 @@ GPU_ROWS = 2048
 GPU_CHUNK_BYTES = 2**30
 _ALIGN = 8
 """Rows of logits start at a multiple of these (16 bytes at 16 bit), and the few words of an odd
-vocabulary (BLOOM, GPT-2) beyond a multiple have products of their own: else cuBLAS takes kernels that
-were 6 times as slow on an H100."""
+vocabulary (BLOOM, GPT-2) beyond a multiple have products of their own: else cuBLAS takes kernels
+that were 6 times as slow on an H100."""
 
 LossRows = Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
 """See `reference.loss_rows_reference`."""
