@@ -15,6 +15,8 @@ from glasstune.kernels.lora_group import Layout
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+if CUDA:
+    pytestmark = pytest.mark.filterwarnings("default")  # Triton's own
 ON_GPU = pytest.mark.skipif(not CUDA, reason="needs CUDA")
 
 # tokens, input features, output features and ranks
