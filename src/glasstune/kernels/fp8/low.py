@@ -92,8 +92,9 @@ def write_low(
         downs: A of each member [r_j, i].
         ups: B of each member [n_j, r_j].
         low: Written.
-        wide: e4m3 [n, i + e] whose last columns are written, and its rows' scales [n].
-        turned: e4m3 [i, n + e] likewise, and its scales [i].
+        wide: e4m3 [n, i + e], or [n, e] alone, whose last e columns are written, and the scales
+            of W's rows [n].
+        turned: e4m3 [i, n + e], or [i, e] alone, likewise, and its scales [i].
     """
     if wide[0].device.type == "cuda":
         from glasstune.kernels.fp8.fused import write_low_fused
@@ -106,21 +107,22 @@ def write_low(
         low.up_nk[out, rank].copy_(up * scale)
     down_ki, up_nk = low.down_ki.float(), low.up_nk.float()
     down_norms, up_norms = down_ki.norm(dim=1), up_nk.norm(dim=0)
-    _write_side(up_nk, wide, layout.width, down_norms, low.factor_k, low.reach_k)
-    _write_side(down_ki.t(), turned, layout.rows, up_norms, low.factor_back_k, low.reach_back_k)
+    extra = extra_columns(layout)
+    _write_side(up_nk, wide, extra, down_norms, low.factor_k, low.reach_k)
+    _write_side(down_ki.t(), turned, extra, up_norms, low.factor_back_k, low.reach_back_k)
 
 
 def _write_side(
     low_rk: Tensor,
     weight: tuple[Tensor, Tensor],
-    start: int,
+    extra: int,
     norms_k: Tensor,
     factor_k: Tensor,
     reach_k: Tensor,
 ) -> None:
-    """Writes the columns of one copy of W from `start` on, and what the other side must know."""
+    """Writes the last columns of one copy of W, and what the other side must know."""
     rows, scale_r = weight
-    k = low_rk.shape[1]
+    start, k = rows.shape[1] - extra, low_rk.shape[1]
     inside = low_rk / scale_r[:, None]
     least = inside.abs().amax(0) / ROOM
     usual = 1.0 / (USUAL * norms_k.clamp(min=1e-8))

@@ -34,7 +34,15 @@ def power_scales(rows_ni: Tensor) -> Tensor:
     Raises:
         ValueError: NaN or Inf among the values.
     """
-    peaks = rows_ni.abs().amax(1).float()
+    return scales_of(rows_ni.abs().amax(1).float())
+
+
+def scales_of(peaks: Tensor) -> Tensor:
+    """Returns what `power_scales` does, of each row's largest magnitude [n].
+
+    Raises:
+        ValueError: NaN or Inf among them.
+    """
     highest = peaks.max()
     if not bool(torch.isfinite(highest)):
         raise ValueError("the weight holds NaN or Inf")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,9 +37,22 @@ class Fp8Weights:
     turned_scale: Tensor
 
 
+class Fp8Source(Protocol):
+    """Packed weights of a group that are expanded to one of both copies, for one product."""
+
+    def expand(self, turned: bool, after: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns `wide` and `scale` of `Fp8Weights`, or `turned` and `turned_scale`.
+
+        Args:
+            turned: Which.
+            after: What must be there before it is made; it is not read.
+        """
+        ...
+
+
 def fp8_group(
     x: Tensor,
-    weights: Fp8Weights,
+    weights: Fp8Weights | Fp8Source,
     low: Low,
     bias: Tensor | None,
     layout: Layout,
@@ -50,7 +63,7 @@ def fp8_group(
 
     Args:
         x: bfloat16 [..., i].
-        weights: With LoRA's columns.
+        weights: With LoRA's columns; kept, or packed and expanded in each pass.
         low: Of the present A and B.
         bias: Of all members [n], or None; frozen.
         layout: Of the group.
@@ -65,42 +78,49 @@ def fp8_group(
     """
     if not 1 <= len(downs) == len(ups) == len(layout.outs) <= MAX_MEMBERS:
         raise ValueError(f"1 to {MAX_MEMBERS} members with A and B each, not {len(downs)}")
-    extra = extra_columns(layout)
-    shape = (layout.rows, layout.width + extra)
-    if weights.wide.shape != shape:
-        raise ValueError(f"the weight is {tuple(weights.wide.shape)}, not {shape}")
+    shape = (layout.rows, layout.width + extra_columns(layout))
+    kept = weights if isinstance(weights, Fp8Weights) else None
+    if kept is not None and kept.wide.shape != shape:
+        raise ValueError(f"the weight is {tuple(kept.wide.shape)}, not {shape}")
     flat: list[Tensor | None] = []
     for index in range(MAX_MEMBERS):
         present = index < len(downs)
         flat += [downs[index] if present else None, ups[index] if present else None]
+    wide, scale, turned, turned_scale, source = _opened(weights)
     outs: tuple[Tensor, ...] = _GroupProduct.apply(
-        x.reshape(-1, layout.width), weights.wide, weights.scale, weights.turned,
-        weights.turned_scale, low.down_ki, low.up_nk, low.factor_k, low.reach_k,
-        low.factor_back_k, low.reach_back_k, layout,
+        x.reshape(-1, layout.width), wide, scale, turned, turned_scale, source, low.down_ki,
+        low.up_nk, low.factor_k, low.reach_k, low.factor_back_k, low.reach_back_k, layout,
         flat[0], flat[1], flat[2], flat[3], flat[4], flat[5], flat[6], flat[7],
     )  # type: ignore[no-untyped-call]  # fmt: skip
     return _finished(outs, x, bias, layout)
 
 
 def fp8_base(
-    x: Tensor, weights: Fp8Weights, bias: Tensor | None, layout: Layout
+    x: Tensor, weights: Fp8Weights | Fp8Source, bias: Tensor | None, layout: Layout
 ) -> tuple[Tensor, ...]:
     """Computes every member's frozen layer without LoRA.
 
     Args:
         x: bfloat16 [..., i].
-        weights: Without LoRA's columns.
+        weights: Without LoRA's columns; kept, or packed and expanded in each pass.
         bias: [n] or None.
         layout: Of the group, without adapters.
 
     Returns:
         [..., n_j] of each member in x's dtype.
     """
+    wide, scale, turned, turned_scale, source = _opened(weights)
     outs: tuple[Tensor, ...] = _FrozenProduct.apply(
-        x.reshape(-1, layout.width), weights.wide, weights.scale, weights.turned,
-        weights.turned_scale, layout,
+        x.reshape(-1, layout.width), wide, scale, turned, turned_scale, source, layout
     )  # type: ignore[no-untyped-call]  # fmt: skip
     return _finished(outs, x, bias, layout)
+
+
+def _opened(weights: Fp8Weights | Fp8Source) -> tuple[Any, ...]:
+    """Returns kept tensors and no source, or a source and no tensors."""
+    if isinstance(weights, Fp8Weights):
+        return weights.wide, weights.scale, weights.turned, weights.turned_scale, None
+    return None, None, None, None, weights
 
 
 def _finished(
@@ -137,7 +157,7 @@ def _products(
 
 
 class _GroupProduct(torch.autograd.Function):
-    """(x, both weights, LoRA's columns, A and B of up to four members) -> y [T, n_j] of each.
+    """(x, both weights or a source, LoRA's columns, A and B of up to four) -> y [T, n_j] of each.
 
     The columns already hold the values of A and B; these are inputs so that their gradients have a
     place, and saved so that a change between forward and backward is an error.
@@ -147,10 +167,11 @@ class _GroupProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_Ti: Tensor,
-        wide: Tensor,
-        scale: Tensor,
-        turned: Tensor,
-        turned_scale: Tensor,
+        wide: Tensor | None,
+        scale: Tensor | None,
+        turned: Tensor | None,
+        turned_scale: Tensor | None,
+        source: Fp8Source | None,
         down_ki: Tensor,
         up_nk: Tensor,
         factor_k: Tensor,
@@ -170,12 +191,13 @@ class _GroupProduct(torch.autograd.Function):
         """Returns the outputs; saves x in its own precision and u."""
         low_Tk = x_Ti @ down_ki.t()
         rows, row_scale = fp8_rows([x_Ti], low_Tk, factor_k, reach_k, extra_columns(layout))
-        outs = _products(rows, row_scale, wide, scale, layout, x_Ti.dtype)
+        weight, its_scale = _weight(wide, scale, source, False, [])
+        outs = _products(rows, row_scale, weight, its_scale, layout, x_Ti.dtype)
         ctx.save_for_backward(
             x_Ti, low_Tk, turned, turned_scale, up_nk, factor_back_k, reach_back_k,
             a0, b0, a1, b1, a2, b2, a3, b3,
         )  # fmt: skip
-        ctx.layout = layout
+        ctx.layout, ctx.source = layout, source
         return outs
 
     @staticmethod
@@ -189,15 +211,33 @@ class _GroupProduct(torch.autograd.Function):
         dx_Ti = None
         if ctx.needs_input_grad[0]:
             rows, row_scale = fp8_rows(grads, low_grad_Tk, factor_k, reach_k, extra_columns(layout))
-            dx_Ti = fp8_product(rows, row_scale, turned, turned_scale, x_Ti.dtype)
+            weight, its_scale = _weight(turned, turned_scale, ctx.source, True, grads)
+            dx_Ti = fp8_product(rows, row_scale, weight, its_scale, x_Ti.dtype)
         pairs = [tensor for tensor in flat if tensor is not None]
-        needed = list(ctx.needs_input_grad[12 : 12 + len(pairs)])
+        needed = list(ctx.needs_input_grad[13 : 13 + len(pairs)])
         dtypes = [tensor.dtype for tensor in pairs]
         found = adapter_gradients(
             grads, low_grad_Tk, x_Ti, low_Tk, layout, dtypes, needed, apart=True
         )
         found += [None] * (2 * MAX_MEMBERS - len(found))
-        return (dx_Ti, *[None] * 11, *found)
+        return (dx_Ti, *[None] * 12, *found)
+
+
+def _weight(
+    kept: Tensor | None,
+    scale: Tensor | None,
+    source: Fp8Source | None,
+    turned: bool,
+    after: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Returns a weight that is kept, or expands it.
+
+    Where `after` is a gradient, a compiler cannot make it in the forward and keep it.
+    """
+    if kept is not None and scale is not None:
+        return kept, scale
+    assert source is not None
+    return source.expand(turned, after)
 
 
 def _low_gradient(grads: list[Tensor], up_nk: Tensor, layout: Layout) -> Tensor:
@@ -213,22 +253,25 @@ def _low_gradient(grads: list[Tensor], up_nk: Tensor, layout: Layout) -> Tensor:
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """(x, both weights) -> y [T, n_j] of each member, with a gradient for x alone."""
+    """(x, both weights or a source) -> y [T, n_j] of each member, a gradient for x alone."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_Ti: Tensor,
-        wide: Tensor,
-        scale: Tensor,
-        turned: Tensor,
-        turned_scale: Tensor,
+        wide: Tensor | None,
+        scale: Tensor | None,
+        turned: Tensor | None,
+        turned_scale: Tensor | None,
+        source: Fp8Source | None,
         layout: Layout,
     ) -> tuple[Tensor, ...]:
         """Returns the outputs."""
         rows, row_scale = fp8_rows([x_Ti], None, None, None, 0)
         ctx.save_for_backward(turned, turned_scale)
-        return _products(rows, row_scale, wide, scale, layout, x_Ti.dtype)
+        ctx.source = source
+        weight, its_scale = _weight(wide, scale, source, False, [])
+        return _products(rows, row_scale, weight, its_scale, layout, x_Ti.dtype)
 
     @staticmethod
     @once_differentiable
@@ -236,5 +279,6 @@ class _FrozenProduct(torch.autograd.Function):
         """Returns dx."""
         turned, turned_scale = ctx.saved_tensors
         rows, row_scale = fp8_rows(list(grads), None, None, None, 0)
-        dx_Ti = fp8_product(rows, row_scale, turned, turned_scale, grads[0].dtype)
-        return dx_Ti, None, None, None, None, None
+        weight, its_scale = _weight(turned, turned_scale, ctx.source, True, list(grads))
+        dx_Ti = fp8_product(rows, row_scale, weight, its_scale, grads[0].dtype)
+        return dx_Ti, *[None] * 6
