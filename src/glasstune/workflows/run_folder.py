@@ -25,6 +25,7 @@ from glasstune.core.files import write_json_atomic, write_text_atomic
 OWN_FILES = (
     "config.yaml",
     "run.json",
+    "fp8.json",
     "metrics.jsonl",
     "metrics.superseded.jsonl",
     "audit.jsonl",

@@ -17,6 +17,7 @@ from glasstune.core.protocols import Progress, StepAudit
 from glasstune.core.ranks import this_rank
 from glasstune.core.records import DryRunRecord, TrainRecord
 from glasstune.workflows import run_folder
+from glasstune.workflows.fp8_keep import Fp8Keep
 from glasstune.workflows.open_model import complete_steps
 from glasstune.workflows.plan import Planned, plan_start, rows_of_run
 from glasstune.workflows.plan_measure import left_behind, measured_start, memory_named
@@ -176,7 +177,10 @@ class _Session:
         from glasstune.workflows.trained_model import first_step_gate, open_trained
         from glasstune.workflows.trained_speed import speed_line
 
-        adapted, parameters, optimizer = open_trained(self.prepared, self._note, updates=self._left)
+        keep = Fp8Keep(self.folder if resume else None, self.world)
+        adapted, parameters, optimizer = open_trained(
+            self.prepared, self._note, updates=self._left, keep=keep
+        )
         self._adapted = adapted
         self.extra["ranks"] = joined(self.world, adapted, self._note)
         if self.overwrite and self.world.writes:
@@ -221,9 +225,12 @@ class _Session:
         )
         if self.world.writes:
             run_folder.write_start(self.folder, self.config, self.choices, self.extra)
+            keep.write(self.folder)
         for choice in self.choices:
             self.progress.say(f"{choice.name}: {choice.value} ({choice.reason})")
         self.progress.say(speed_line(adapted.speed_record))
+        for line in keep.lines():
+            self.progress.say(line)
         for finding in self.prepared.data.record.findings:  # before hours are spent on them
             self.progress.say(f"{finding.severity}: {finding.where}: {finding.message}")
         return run, state

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from glasstune.core.config import Config
 from glasstune.core.findings import Finding
 from glasstune.core.protocols import Exchange, StepHook
+from glasstune.workflows.fp8_keep import Fp8Keep
 from glasstune.workflows.prepare_run import Prepared
 from glasstune.workflows.trained_speed import SpeedChoice, choose_speed
 
@@ -24,7 +25,12 @@ Note = Callable[[Finding], None]
 
 
 def open_trained(
-    prepared: Prepared, note: Note, *, updates: int | None = None, plainly: str = ""
+    prepared: Prepared,
+    note: Note,
+    *,
+    updates: int | None = None,
+    plainly: str = "",
+    keep: Fp8Keep | None = None,
 ) -> tuple[AdaptedModel, dict[str, Parameter], Optimizer]:
     """Loads the base, adds the adapter, builds the optimiser and speeds the model up.
 
@@ -33,6 +39,7 @@ def open_trained(
         note: Takes what should be said.
         updates: How many updates will be made, for `training.compile: auto`.
         plainly: Why nothing is compiled nor grouped, whatever the config says; empty: it decides.
+        keep: Resolves `training.fp8_keep`, and holds what was measured for it.
 
     Returns:
         (model, trained tensors by name, optimiser over exactly those).
@@ -54,6 +61,7 @@ def open_trained(
     if config.training.compute == "fp8":
         from glasstune.models.fp8 import to_fp8
 
+        (keep or Fp8Keep()).resolve(prepared, base)
         to_fp8(base, config, prepared.choices)
     if at_once:
         _shard(prepared, base)

@@ -1,0 +1,132 @@
+"""`training.fp8_keep: auto`: measured once, before the base is converted, and then the run's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glasstune.core.batch import IGNORED, Document
+from glasstune.core.config_load import load_config
+from glasstune.core.files import write_json_atomic
+from glasstune.core.fp8 import Fp8Record
+
+if TYPE_CHECKING:
+    from glasstune.data.packing import PackedSet
+    from glasstune.training.distributed import World
+    from glasstune.workflows.prepare_run import Prepared
+
+FILE = "fp8.json"
+_TOKENS = 512
+"""Of the rows that layers are measured with, padding included."""
+
+
+@dataclass
+class Fp8Keep:
+    """Decides which layers of a base stay in bfloat16.
+
+    Args:
+        folder: The run folder, whose own decision is followed where the run goes on; None: none.
+        world: The ranks of the run; rank 0 measures.
+        record: What was measured, where it was.
+    """
+
+    folder: Path | None = None
+    world: World | None = None
+    record: Fp8Record | None = None
+
+    def resolve(self, prepared: Prepared, base: Any) -> None:
+        """Makes `training.fp8_keep: auto` a list.
+
+        Args:
+            prepared: The run; its config is resolved in place.
+            base: Loaded, plain, not converted.
+
+        Raises:
+            InputError: `no_fp8`: the GPU has no float8 products.
+        """
+        from glasstune.models.fp8 import check_device
+
+        training, choices = prepared.config.training, prepared.choices
+        if training.fp8_keep != "auto":
+            return
+        check_device(base.device)
+        decided = self.world.broadcast(self._saved()) if self.world else self._saved()
+        if decided is not None:
+            why = "as the run began"
+        else:
+            if self.world is None or self.world.writes:
+                self.record = measure(prepared, base)
+            mine = {} if self.record is None else self.record.kept
+            kept: dict[str, str] = self.world.broadcast(mine) if self.world else mine
+            decided = list(kept)
+            why = "no layer's error asks for bfloat16" if not kept else "their errors ask for it"
+            for path, reason in kept.items():
+                choices.record(f"training.fp8_keep {path}", "bfloat16", reason)
+        training.fp8_keep = choices.record("training.fp8_keep", decided, why)
+
+    def write(self, folder: Path) -> None:
+        """Writes `fp8.json`, where something was measured."""
+        if self.record is not None:
+            write_json_atomic(folder / FILE, self.record.to_dict())
+
+    def lines(self) -> list[str]:
+        """What was measured, for the terminal; empty where nothing was."""
+        from glasstune.reports.fp8_text import fp8_lines
+
+        return [] if self.record is None else fp8_lines(self.record.to_dict())
+
+    def _saved(self) -> list[str] | None:
+        """Returns the list of a run that goes on, or None."""
+        file = None if self.folder is None else self.folder / "config.yaml"
+        if file is None or not file.is_file():
+            return None
+        keep = load_config(file).config.training.fp8_keep
+        return None if keep == "auto" else keep
+
+
+def measure(prepared: Prepared, base: Any) -> Fp8Record:
+    """Measures a base on a few training rows, and decides.
+
+    Args:
+        prepared: The run.
+        base: Loaded, plain, not converted.
+    """
+    import torch
+
+    from glasstune.data.packing import PackedSet
+    from glasstune.models.fp8_report import fp8_candidates, measure_fp8
+
+    rows = _few(prepared.data.train, prepared.config.training.seed)
+    few = PackedSet.build(rows, max_length=_TOKENS, packed=False, seed=0)
+    batch = few.micro_batch(range(len(rows)), 0, prepared.pad_id)
+    skip = prepared.config.model.quantization.get("llm_int8_skip_modules")
+    record = measure_fp8(
+        base, fp8_candidates(base, skip), torch.from_numpy(batch.input_ids),
+        torch.from_numpy(batch.attention_mask), torch.from_numpy(batch.targets),
+    )  # fmt: skip
+    record.decide()
+    return record
+
+
+def _few(train: PackedSet, seed: int) -> list[Document]:
+    """Returns the run's first documents that fit, padded to the longest, into the tokens."""
+    found: list[Document] = []
+    longest = 0
+    for document in _in_order(train, seed):
+        length = max(longest, len(document))
+        if (len(found) + 1) * length > _TOKENS:
+            break
+        found.append(document)
+        longest = length
+    return found
+
+
+def _in_order(train: PackedSet, seed: int) -> Iterator[Document]:
+    for pack in train.order(seed, 0):
+        for index in train.packs[int(pack)].tolist():
+            document = train.documents[index]
+            ids, labels = document.ids[:_TOKENS], document.labels[:_TOKENS]
+            if (labels[1:] != IGNORED).any():
+                yield replace(document, ids=ids, labels=labels)
