@@ -6,7 +6,7 @@ import io
 
 from plans import GIB, hand_plan
 
-from glasstune.reports.plan_text import LETTERS, bar_lines, print_plan
+from glasstune.reports.plan_text import LETTERS, bar_lines, layers_text, print_plan
 from glasstune.reports.terminal import console_for
 
 
@@ -32,6 +32,12 @@ def test_one_is_not_many() -> None:
     text = printed(rows=1, updates=1)
     assert "Largest batch: 1 row of 2,048 tokens" in text
     assert "Time: 1 update of" in text
+
+
+def test_layers_that_keep_the_same_stand_together() -> None:
+    assert layers_text([GIB, GIB, 0, 2 * GIB]) == "0 to 1: 1.0 GiB, 2: 0 B, 3: 2.0 GiB"
+    text = printed(layer_bytes=[GIB // 8] * 12 + [GIB] * 20)
+    assert "Kept by each layer: 0 to 11: 128.0 MiB, 12 to 31: 1.0 GiB" in text
 
 
 def test_choices_are_printed_with_their_reasons() -> None:

@@ -204,13 +204,20 @@ def test_the_longest_rows_are_found(tiny_llama: Path, qa_file: Path, tmp_path: P
     assert largest_batch(data, 3, 0).input_ids.shape[1] >= max(lengths)
 
 
-def test_measuring_changes_nothing(tiny_llama: Path, qa_file: Path, tmp_path: Path) -> None:
-    found = planned(tiny_run(tiny_llama, qa_file, tmp_path / "run"))
-    adapted, parameters, _ = open_trained(found.prepared, lambda *_: None)
+@pytest.mark.parametrize("terms", [["next_token"], ["next_token", "kl_to_base"]])
+def test_measuring_changes_nothing(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path, terms: list[str]
+) -> None:
+    """Also where an update is audited by term, and has several forwards."""
+    training = {"train_batch_size": 4, "per_device_train_batch_size": 2}
+    losses = [{"name": name} for name in terms]
+    config = tiny_run(tiny_llama, qa_file, tmp_path / "run", training=training, losses=losses)
+    found = planned(config)
+    adapted, parameters, optimizer = open_trained(found.prepared, lambda *_: None)
     before = {name: value.detach().clone() for name, value in parameters.items()}
     adapted.model.eval()
     random = torch.get_rng_state()
-    seconds = dry_step(found, adapted)
+    seconds = dry_step(found, adapted, optimizer)
     assert seconds > 0
     assert torch.equal(random, torch.get_rng_state())
     assert not adapted.model.training

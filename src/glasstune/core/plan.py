@@ -108,6 +108,7 @@ class PlanRecord(Record):
         owner: The part that is the largest then.
         moments: The peak of every phase.
         layers: Decoder layers of the model.
+        layer_bytes: What each of them keeps on the device for the backward, the chosen way.
         recompute: `none`, `light`, `partial`, `full` or `offload`.
         model: As the configuration names it.
         bits: Of its base.
@@ -144,6 +145,7 @@ class PlanRecord(Record):
     owner: str = ""
     moments: list[Moment] = field(default_factory=list)
     layers: int = 0
+    layer_bytes: list[int] = field(default_factory=list)
     recompute: str = "none"
     model: str = ""
     bits: int = 16

@@ -8,7 +8,7 @@ from typing import Any
 from glasstune.core.plan import PARTS
 from glasstune.core.units import format_bytes, format_seconds
 from glasstune.reports.numbers import counted, percent_text
-from glasstune.reports.plan_text import ABOUT, PHASES
+from glasstune.reports.plan_text import ABOUT, PHASES, layers_text
 from glasstune.reports.web.page import render_page
 
 Json = Mapping[str, Any]
@@ -128,6 +128,7 @@ def _facts(json: Json) -> list[tuple[str, str]]:
         ("base", f"{json['bits']} bit"),
         ("device", str(json["device"])),
         ("layers computed again", recomputed),
+        ("kept by each layer", layers_text(json.get("layer_bytes", ())) or "not known"),
         ("largest batch", f"{json['rows']} x {counted(json['length'], 'token')}"),
         ("trained in it", f"{json['trained_tokens']:,}"),
         ("speed", f"{json['tokens_per_second']:,.0f} tokens/s"),

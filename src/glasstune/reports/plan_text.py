@@ -40,6 +40,7 @@ PHASES = {
     "load": "loading",
     "forward": "forward",
     "loss": "loss",
+    "audit": "audit by term",
     "backward": "backward",
     "optimizer": "optimiser's step",
     "evaluation": "evaluation",
@@ -145,6 +146,22 @@ def _print_parts(json: Json, console: Console) -> None:
         for moment in json["moments"]
     )
     say(console, f"By phase: {phases}")
+    if json.get("layer_bytes"):
+        say(console, f"Kept by each layer: {layers_text(json['layer_bytes'])}")
+
+
+def layers_text(sizes: Sequence[int]) -> str:
+    """Writes what layers keep, equal neighbours together: `0 to 3: 1.0 MiB, 4: 9.0 MiB`."""
+    runs: list[tuple[int, int, str]] = []
+    for index, size in enumerate(map(format_bytes, sizes)):
+        if runs and runs[-1][2] == size:
+            runs[-1] = (runs[-1][0], index, size)
+        else:
+            runs.append((index, index, size))
+    return ", ".join(
+        f"{first}: {size}" if first == last else f"{first} to {last}: {size}"
+        for first, last, size in runs
+    )
 
 
 def _where(json: Json) -> str:

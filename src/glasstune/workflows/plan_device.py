@@ -90,13 +90,19 @@ class Device:
         if given is not None:
             return parse_bytes(given, where="training.max_memory"), "training.max_memory"
         if self.kind == "cuda":
+            return self.free(), "free on the device, its driver's context with it"
+        return self.free(), "free in memory, with what this process has"
+
+    def free(self) -> int:
+        """Returns what this process has and may still take."""
+        if self.kind == "cuda":
             import torch
 
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-            return free + self.context, "free on the device, its driver's context with it"
+            return free + self.context
         from glasstune.planner.host import available_bytes, resident_bytes
 
-        return available_bytes() + resident_bytes(), "free in memory, with what this process has"
+        return available_bytes() + resident_bytes()
 
     def download(self, prepared: Prepared, base: int) -> int | None:
         """Returns the bytes still to be fetched: 0 for local models, None where not known."""

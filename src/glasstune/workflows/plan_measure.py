@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glasstune.core.batch import IGNORED, MicroBatch
 from glasstune.core.errors import GlasstuneError, RunError
 from glasstune.core.findings import Finding
 from glasstune.core.memory import is_out_of_memory, peak_resident_bytes
@@ -17,6 +18,7 @@ from glasstune.workflows.plan_batch import largest_batch
 
 if TYPE_CHECKING:
     import torch
+    from torch.optim import Optimizer
 
     from glasstune.core.plan import PlanRecord
     from glasstune.training.step import AdaptedModel
@@ -40,13 +42,15 @@ def measured(planned: Planned, progress: Progress) -> PlanRecord:
         opened = open_trained(prepared, note)
         adapted: AdaptedModel = opened[0]
         try:
-            seconds = dry_step(planned, adapted)
+            seconds = dry_step(planned, adapted, opened[2])
         finally:
             adapted.slow_down()
     return compared(planned, adapted.device, seconds)
 
 
-def measured_start(planned: Planned, adapted: AdaptedModel, progress: Progress) -> Planned:
+def measured_start(
+    planned: Planned, adapted: AdaptedModel, optimizer: Optimizer, progress: Progress
+) -> Planned:
     """Runs the longest batch before the first update of a run, and says how far the plan is off.
 
     Weights, gradients, random states and the order of rows are what they were.
@@ -54,7 +58,7 @@ def measured_start(planned: Planned, adapted: AdaptedModel, progress: Progress) 
     Raises:
         torch.OutOfMemoryError: The device had less than was planned.
     """
-    seconds = dry_step(planned, adapted)
+    seconds = dry_step(planned, adapted, optimizer)
     record = compared(planned, adapted.device, seconds)
     assert record.measured_peak_bytes is not None
     assert record.error is not None
@@ -67,47 +71,80 @@ def measured_start(planned: Planned, adapted: AdaptedModel, progress: Progress) 
     return replace(planned, record=record)
 
 
-def dry_step(planned: Planned, adapted: AdaptedModel) -> float:
-    """Runs a step of the longest batch without moving anything, and an evaluation batch.
+def dry_step(planned: Planned, adapted: AdaptedModel, optimizer: Optimizer) -> float:
+    """Runs an update of the longest batch without moving anything, and an evaluation batch.
 
-    Random states, gradients and the model's mode are left as they were.
+    Where an update has several forwards there are two, since the gradients of one wait for the
+    next. Where updates are audited by term, one is. Random states, gradients and the model's mode
+    are left as they were.
+
+    Args:
+        planned: The plan.
+        adapted: The model.
+        optimizer: Over its trained tensors; it does not move.
 
     Returns:
-        Seconds of the second of two steps (the first may compile).
+        Seconds of a forward with its backward, not of the first update (that may compile).
     """
     import torch
 
+    from glasstune.audit.update import UpdateAudit
     from glasstune.training.step import compute_update
+    from glasstune.workflows.plan_terms import split_terms
 
     prepared = planned.prepared
-    rows, pad = prepared.schedule.micro, prepared.pad_id
-    batch = largest_batch(prepared.data.train, prepared.schedule.forward, pad)
+    schedule = prepared.schedule
+    batch = largest_batch(prepared.data.train, schedule.forward, prepared.pad_id)
+    batches = [batch] * min(2, len(schedule.micro_sizes(schedule.share)))
     cuda = adapted.device.type == "cuda"
     was_training = adapted.model.training
-    devices = [adapted.device] if cuda else []
+    audit = UpdateAudit(adapted.model, optimizer) if split_terms(prepared) else None
     taken = 0.0
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[adapted.device] if cuda else []):
         try:
             adapted.model.train()
-            for _ in range(2):
+            for watching in (audit, None):
+                if watching is not None:
+                    watching.before_update(1)
                 started = time.monotonic()
-                compute_update(adapted, prepared.terms, [batch], 1, 0, check=False)
-                for parameter in adapted.model.parameters():
-                    parameter.grad = None
+                compute_update(
+                    adapted, prepared.terms, batches, 1, 0, () if watching is None else (watching,),
+                    counting=watching, check=False,
+                )  # fmt: skip
+                if watching is not None:
+                    watching.after_backward(1, adapted.model, optimizer)
+                _forget(adapted)
                 if cuda:
                     torch.cuda.synchronize(adapted.device)
-                taken = time.monotonic() - started
-            held_out = prepared.data.validation
-            if held_out is not None:
-                adapted.model.eval()
-                with torch.no_grad(), adapted.precision():
-                    hidden = adapted.trained_hidden(largest_batch(held_out, rows, pad), 0)
-                    adapted.head(hidden[:1])
+                taken = (time.monotonic() - started) / len(batches)
+            if prepared.data.validation is not None:
+                held_out = largest_batch(prepared.data.validation, schedule.micro, prepared.pad_id)
+                _evaluate(adapted, held_out)
         finally:
+            if audit is not None:
+                audit.drop()
             adapted.model.train(was_training)
-            for parameter in adapted.model.parameters():
-                parameter.grad = None
+            _forget(adapted)
     return taken
+
+
+def _forget(adapted: AdaptedModel) -> None:
+    for parameter in adapted.model.parameters():
+        parameter.grad = None
+
+
+def _evaluate(adapted: AdaptedModel, batch: MicroBatch) -> None:
+    """Computes the losses of a batch as an evaluation does."""
+    import torch
+
+    from glasstune.kernels.linear_cross_entropy import token_losses
+
+    adapted.model.eval()
+    flat = torch.from_numpy(batch.targets.reshape(-1))
+    targets = flat[flat != IGNORED].to(adapted.device)
+    with torch.no_grad(), adapted.precision():
+        hidden = adapted.trained_hidden(batch, 0)
+        token_losses(hidden, adapted.head, targets, adapted.vocabulary)
 
 
 def compared(planned: Planned, device: torch.device, seconds: float) -> PlanRecord:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from glasstune.core.findings import Finding
 from glasstune.core.plan import Moment, PlanRecord, Several
 from glasstune.core.recompute import Recompute
+from glasstune.core.units import format_bytes
 from glasstune.workflows.plan_batch import shape_of
 from glasstune.workflows.plan_device import Device, device_of
+from glasstune.workflows.plan_disk import disk_bytes, no_room
 from glasstune.workflows.plan_terms import planned_terms, terms_note, unplanned_terms
 from glasstune.workflows.plan_ways import alternatives, refusal
 from glasstune.workflows.prepare_run import Prepared
@@ -226,7 +228,8 @@ class Work:
 
         found = self.moments(rows, option.recompute)
         high = peak(found)
-        training, data = self.config.training, self.prepared.data
+        data, seconds = self.prepared.data, option.seconds * self.total
+        disk = disk_bytes(self.prepared, self.model.static, self.total, seconds)
         evaluation = self.evaluation_seconds(rows)
         layers = self.model.layers
         static = self.model.static
@@ -236,8 +239,6 @@ class Work:
             for count in _MANY
             for share in (ddp(static, count), fsdp2(static, count, sharded=sharded, layer=layer))
         ]  # fmt: skip
-        saved = static.adapters + static.optimizer
-        kept = (training.save_total_limit or 1) + (1 if data.validation is not None else 0)
         return PlanRecord(
             peak_bytes=high.bytes,
             parts=high.parts,
@@ -248,7 +249,7 @@ class Work:
             seconds_per_update=option.seconds,
             total_seconds=option.seconds * self.total + evaluation,
             basis="estimate",
-            disk_bytes=kept * saved + static.adapters,
+            disk_bytes=disk,
             alternatives=alternatives(self, option, rows),
             limit_bytes=self.limit,
             limit_reason=self.limit_reason,
@@ -256,6 +257,7 @@ class Work:
             owner=owner(high),
             moments=found,
             layers=layers,
+            layer_bytes=self._layer_bytes(option.recompute),
             recompute=policy_name(option.recompute, layers),
             model=self.config.model.path,
             bits=self.config.model.bits,
@@ -272,8 +274,13 @@ class Work:
             else 0,
             basis_of=self._basis(),
             several=[self._several(share, rows, option.recompute) for share in shares],
-            findings=self._findings(),
+            findings=[*self._findings(), *no_room(self.prepared, disk)],
         )
+
+    def _layer_bytes(self, recompute: Recompute) -> list[int]:
+        blocks = self.activations.blocks(recompute)
+        away = recompute.layers if recompute.offload else 0
+        return [0 if index < away else block.kept for index, block in enumerate(blocks)]
 
     def _several(self, share: Any, rows: int, recompute: Recompute) -> Several:
         from glasstune.planner.peak import moments, peak
@@ -335,6 +342,12 @@ class Work:
                     "offload_is_full", "info", "training.recompute", f"offload asked for: {_HERE}"
                 )
             )
+        free, given = self.device.free(), self.config.training.max_memory
+        if given is not None and self.limit > free:
+            text = f"{given} may be used, and {format_bytes(free)} are free on the device now"
+            fix = "lower it, or free the device: the plan does not keep the run from running short"
+            where = "training.max_memory"
+            found.append(Finding("max_memory_above_free", "warning", where, text, fix))
         found += unplanned_terms(self.prepared.terms)
         return found
 

@@ -206,7 +206,7 @@ class _Session:
         state = self._restore(run, resume) if self.world.writes else LoopState()
         state = share_state(self.world, state, parameters, optimizer)
         if self.planned is not None and adapted.device.type == "cuda":
-            self.planned = measured_start(self.planned, adapted, self.progress)
+            self.planned = measured_start(self.planned, adapted, optimizer, self.progress)
         run.audit = self._audit(run, state.attempt)
         assert adapted.speed_record is not None
         record = adapted.speed_record.to_dict()
