@@ -141,6 +141,16 @@ def test_the_whole_layer_is_as_far_from_fp64_as_e4m3_rounds() -> None:
     assert far(x.grad, grad.double() @ linear.dequantize().double()) <= one
 
 
+def test_autocast_changes_no_product() -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(8, 64).to(E4M3), torch.randn(16, 64).to(E4M3)
+    ones = torch.ones(8, 1), torch.ones(16)
+    want = fp8_product(left, ones[0], right, ones[1], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fp8_product(left, ones[0], right, ones[1], torch.float32), want)
+        fp8_rows([torch.randn(4, 8), torch.randn(4, 8)], None, None, None, 0)
+
+
 def test_both_copies_stand_for_the_same_numbers() -> None:
     torch.manual_seed(0)
     weight = torch.randn(64, 96) * torch.logspace(-2, 1, 64)[:, None]

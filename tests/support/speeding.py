@@ -63,7 +63,7 @@ def widened(model: Any) -> Any:
             from bitsandbytes.functional import dequantize_4bit
 
             weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        elif name == "Int8Linear":
+        elif name in ("Int8Linear", "Fp8Linear"):
             weight = layer.dequantize()
         else:
             continue

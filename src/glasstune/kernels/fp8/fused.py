@@ -19,6 +19,13 @@ _USUAL = tl.constexpr(USUAL)
 
 
 @triton.jit
+def _next_power(values):
+    """Returns the least power of two that is not below each positive finite value."""
+    bits = values.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _look(x_ptr, peak, squares, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Takes a part of a row into the largest magnitude and the sum of squares."""
     for start in range(0, WIDTH, BLOCK):
@@ -62,8 +69,8 @@ def _rows(
     column = tl.arange(0, K2)
     if K > 0:
         reach = tl.load(reach_ptr + column, mask=column < K, other=0.0)
-        peak = tl.maximum(peak, norm * tl.max(reach))
-    scale = tl.where(peak == 0, 1.0, peak / _ROOM)
+        peak = tl.maximum(peak, norm * tl.max(reach) * (_LARGEST / _ROOM))
+    scale = tl.where(peak == 0, 1.0, _next_power(peak / _LARGEST))
     scale = tl.where(norm < float("inf"), scale, float("nan"))
     tl.store(scale_ptr + row, scale)
     inverse = 1.0 / scale
@@ -164,7 +171,7 @@ def _factors(
     )
     norms = tl.sqrt(tl.sum(squares, axis=0))
     usual = 1.0 / (_USUAL * tl.maximum(norms, 1e-8))
-    factor = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(peaks, axis=0) / _ROOM, usual))))
+    factor = _next_power(tl.maximum(tl.max(peaks, axis=0) / _ROOM, usual))
     return factor, factor * norms
 
 

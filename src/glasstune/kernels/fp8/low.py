@@ -12,7 +12,7 @@ outputs are written once and never read again for LoRA.
 u shares the scale of its row of x, and sB those of the rows of W. A power of two for each column,
 its factor, moves between them, so that neither leaves e4m3's range: |u| <= ‖x‖·‖A's row‖ bounds it
 before u is known, and where the bound exceeds x's own largest value the row takes a larger scale.
-That costs x no precision until it is several binary orders too large, as floats have it.
+x is rounded as it is without LoRA then too, but for what falls below e4m3's range.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def widened_rows(
     peak = exact.abs().amax(1, keepdim=True)
     if reach_k is not None:
         bound = (exact * exact).sum(1, keepdim=True).sqrt() * reach_k.amax()
-        peak = torch.maximum(peak, bound)
-    scale = torch.where(peak == 0, 1.0, peak / ROOM)
+        peak = torch.maximum(peak, bound * (LARGEST / ROOM))
+    scale = torch.where(peak == 0, 1.0, next_power(peak / LARGEST))
     rows = (exact / scale).to(E4M3)
     if low_Tk is None or factor_k is None:
         return rows, scale

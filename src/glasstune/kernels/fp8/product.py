@@ -48,8 +48,9 @@ def fp8_rows(
         from glasstune.kernels.fp8.fused import fp8_rows_fused
 
         return fp8_rows_fused(parts, low_Tk, factor_k, reach_k, extra)
-    x_Ti = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-    return widened_rows(x_Ti, low_Tk, factor_k, reach_k, extra)
+    with torch.autocast(parts[0].device.type, enabled=False):  # it knows no float8
+        x_Ti = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return widened_rows(x_Ti, low_Tk, factor_k, reach_k, extra)
 
 
 @fp8_rows.register_fake
@@ -88,8 +89,9 @@ def fp8_product(
             out_dtype=dtype, use_fast_accum=FAST_SUMS,
         )  # fmt: skip
         return product
-    exact = left_Tk.float() @ right_nk.float().t()
-    return (exact * left_scale * right_scale).to(dtype)
+    with torch.autocast(left_Tk.device.type, enabled=False):  # it would multiply in bfloat16
+        exact = left_Tk.float() @ right_nk.float().t()
+        return (exact * left_scale * right_scale).to(dtype)
 
 
 @fp8_product.register_fake
