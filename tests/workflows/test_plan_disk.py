@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,21 @@ def test_what_a_run_keeps_on_the_disk_is_foretold(
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     again = planned(tiny_run(tiny_llama, qa_file, tmp_path / "other", training=training))
     assert [f.code for f in again.record.findings] == ["disk_short"]
+
+
+def test_a_run_says_by_how_much_its_plan_was_off(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glasstune.workflows.plan.SMALL", 0)
+    progress = QuietProgress()
+    record = train(
+        tiny_run(tiny_llama, qa_file, tmp_path / "run", training={"max_steps": 2}),
+        progress=progress,
+    )
+    held = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["plan"]
+    assert held["measured_peak_bytes"] == record.peak_memory_bytes  # type: ignore[union-attr]
+    assert held["error"] == pytest.approx(held["peak_bytes"] / held["measured_peak_bytes"] - 1)
+    assert any(f"were planned ({held['error']:+.1%})" in line for line in progress.lines)
 
 
 def test_a_limit_above_what_is_free_is_said(

@@ -147,6 +147,26 @@ def _evaluate(adapted: AdaptedModel, batch: MicroBatch) -> None:
         token_losses(hidden, adapted.head, targets, adapted.vocabulary)
 
 
+def ended(planned: Planned, device: torch.device, peak: int, progress: Progress) -> Planned:
+    """Puts the peak of a whole run beside its plan, and says by how much it was off.
+
+    Args:
+        planned: The plan.
+        device: Where the run was.
+        peak: Of the rank that took most, as the train record has it.
+        progress: Is told.
+    """
+    record = planned.record
+    if device.type == "cuda":
+        peak += record.parts["context"]
+    error = record.peak_bytes / peak - 1
+    progress.say(
+        f"plan: the run took {format_bytes(peak)} at its peak, {format_bytes(record.peak_bytes)} "
+        f"were planned ({error:+.1%})"
+    )
+    return replace(planned, record=replace(record, measured_peak_bytes=peak, error=error))
+
+
 def compared(planned: Planned, device: torch.device, seconds: float) -> PlanRecord:
     """Returns the record with what was measured: the step's peak, and the states still to come."""
     from glasstune.training.metrics import peak_memory_bytes

@@ -20,7 +20,7 @@ from glasstune.workflows import run_folder
 from glasstune.workflows.fp8_keep import Fp8Keep
 from glasstune.workflows.open_model import complete_steps
 from glasstune.workflows.plan import Planned, plan_start, rows_of_run
-from glasstune.workflows.plan_measure import left_behind, measured_start, memory_named
+from glasstune.workflows.plan_measure import ended, left_behind, measured_start, memory_named
 from glasstune.workflows.prepare_run import Prepared, prepare
 from glasstune.workflows.ranks import Decided, alone, least_free, meet, same_rows
 
@@ -394,6 +394,9 @@ class _Session:
         self.extra["adapter_checkpoint"] = self.choices.record(
             "adapter_checkpoint", f"step-{step}", reason
         )
+        if self.planned is not None:
+            self.planned = ended(self.planned, run.adapted.device, peak, self.progress)
+            self.extra["plan"] = self.planned.record.to_dict()
         run_folder.write_run(self.folder, self.choices, self.extra)
         return TrainRecord(
             ok=True,
