@@ -18,6 +18,7 @@ BITS: dict[int, dict[str, Any]] = {
     8: {"model": {"bits": 8}},
     4: {"model": {"bits": 4, "quantization": {"bnb_4bit_compute_dtype": "float32"}}},
 }
+pytestmark = pytest.mark.timeout(400)
 SLOW = pytest.mark.slow(reason="compiles in three processes on two cores")
 
 FRONT_END = """
@@ -29,7 +30,7 @@ from torch._dynamo.utils import counters
 import glasstune.training.loop as loop
 import glasstune.workflows.trained_speed as speed
 
-speed.COMPILE_OPTIONS["backend"] = "aot_eager"
+speed.COMPILE_OPTIONS["backend"] = BACKEND
 real, seen = loop.Loop._update, []
 
 
@@ -44,13 +45,20 @@ loop.Loop._update = update
 """
 
 
-def front_end(file: Path) -> str:
-    """What a rank runs before: another backend; graphs and breaks after each update to a file."""
-    return FRONT_END.replace("FILE", repr(str(file)))
+def front_end(file: Path, backend: str = "aot_eager") -> str:
+    """What a rank runs before: a backend; graphs and breaks after each update to a file."""
+    return FRONT_END.replace("FILE", repr(str(file))).replace("BACKEND", repr(backend))
 
 
 def compiled_run(
-    tiny_llama: Path, qa_file: Path, output: Path, several: Any, ranks: int, **changes: Any
+    tiny_llama: Path,
+    qa_file: Path,
+    output: Path,
+    several: Any,
+    ranks: int,
+    *,
+    backend: str = "aot_eager",
+    **changes: Any,
 ) -> dict[str, Any]:
     """Runs 5 updates with compiled layers, one process or sharded; returns `run.json`."""
     training = {
@@ -59,8 +67,9 @@ def compiled_run(
     }  # fmt: skip
     data = {"packing": True, "max_length": 64, **changes.pop("data", {})}
     config = written(tiny_llama, qa_file, output, training=training, data=data, **changes)
-    patches = {rank: front_end(output.with_suffix(f".{rank}.json")) for rank in range(ranks)}
-    ended = several.run(["train", str(config)], ranks, patches=patches)
+    files = [output.with_suffix(f".{rank}.json") for rank in range(ranks)]
+    patches = {rank: front_end(file, backend) for rank, file in enumerate(files)}
+    ended = several.run(["train", str(config)], ranks, patches=patches, timeout=150)
     assert ended.codes == [0] * ranks, ended.log
     return dict(json.loads((output / "run.json").read_text()))
 
@@ -113,6 +122,20 @@ def test_compiled_layers_of_a_sharded_base(
         assert [m["group"] for m in found[2]["modules"]] == [
             m["group"] for m in found[1]["modules"]
         ]
+
+
+@SLOW
+@pytest.mark.parametrize("bits", [4, 16])
+def test_the_real_compiler_on_a_sharded_base(tiny_llama, qa_file, tmp_path, several, bits) -> None:
+    for ranks in (1, 2):
+        compiled_run(
+            tiny_llama, qa_file, tmp_path / str(ranks), several, ranks, backend="inductor",
+            data={"validation_split": 0.0}, **BITS[bits],
+        )  # fmt: skip
+    assert distance(last_weights(tmp_path / "2"), last_weights(tmp_path / "1")) <= 1e-6
+    for rank in range(2):
+        graphs = json.loads((tmp_path / f"2.{rank}.json").read_text())
+        assert graphs[1:] == [[graphs[1][0], 0]] * 4
 
 
 def audits(output: Path) -> list[dict[str, Any]]:
@@ -208,7 +231,8 @@ trained._with_adapter = with_spare
     training = {"max_steps": 3, "compile": True, "distributed": {"strategy": "fsdp2"}}
     config = written(tiny_llama, qa_file, tmp_path / "run", training=training, **BITS[4])
     patches = {rank: front_end(tmp_path / f"{rank}.json") + spare for rank in range(3)}
-    ended = several.run(["train", str(config)], 3, patches=patches)  # of 4 rows: 2, 1 and 1
+    # Of 4 rows the ranks have 2, 1 and 1.
+    ended = several.run(["train", str(config)], 3, patches=patches, timeout=150)
     assert ended.codes == [1, 1, 1], ended.log
     (error,) = ended.errors()
     assert "spare has no gradient although its module ran" in error
