@@ -15,8 +15,11 @@ rounded, which gives 0.037, whatever the numbers' size. An error of more than tw
 numbers fell out of e4m3's range, or that the product is what is left of terms that cancel.
 """
 
-FP8_OUTLIER = 20.0
-"""How many times its row's root mean square a value must be for its channel to be an outlier's."""
+FP8_OUTLIER = 100.0
+"""How many times its row's median a value must be for its channel to be an outlier's.
+
+e4m3 keeps a number's 4 digits down to 1/28,672 of the row's largest.
+"""
 
 
 @dataclass(slots=True)
@@ -32,8 +35,8 @@ class Fp8Layer:
         output_error: Of the output, all rows together.
         row_error: Of the output, the median over the rows of each one's own error.
         gradient_error: Of the input's gradient, all rows together.
-        peak: Largest |x| over the root mean square of its row.
-        outliers: Share of x's channels that hold a value above 20 times its row's.
+        peak: Largest |x| over the median of its row's, zeros left out.
+        outliers: Share of x's channels that hold a value above 100 times that median.
         vanished: Share of x's numbers that are zero in float8 and were not.
         gradient_vanished: Likewise of the output's gradient.
         rows: Rows of x, without padding.
@@ -90,7 +93,7 @@ class Fp8Layer:
                 return (
                     f"{name} would be {error:.3f} off the bfloat16 one (from {limit:g} on; usual "
                     f"numbers give 0.037; its largest input is {self.peak:,.0f} times its row's "
-                    "root mean square)"
+                    "median)"
                 )
         return ""
 

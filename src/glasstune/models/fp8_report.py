@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from glasstune.core.batch import IGNORED
+from glasstune.core.errors import InputError
 from glasstune.core.findings import Finding
 from glasstune.core.fp8 import FP8_OUTLIER, Fp8Layer, Fp8Record
 from glasstune.kernels.expand import Packed4bit
@@ -71,6 +72,9 @@ def measure_fp8(
 
     Returns:
         The record, with nothing decided yet.
+
+    Raises:
+        InputError: `bad_weights`: a weight holds NaN or Inf.
     """
     device = model.device
     attention_mask = attention_mask.to(device)
@@ -224,6 +228,11 @@ class _Meter:
         try:
             rounded = Fp8Linear.from_weight(weight)
         except ValueError as error:
+            if not bool(torch.isfinite(weight).all()):
+                raise InputError(
+                    "bad_weights", str(error), where=f"{layer.path}.weight",
+                    fix="repair the checkpoint",
+                ) from error  # fmt: skip
             layer.problem = str(error)
             return None
         if layer.weight_error is None:
@@ -244,10 +253,8 @@ class _Meter:
     def _look_for_outliers(self, x_Ti: Tensor) -> None:
         layer = self.layer
         exact = x_Ti.float().abs()
-        # The mean of squares of values near the type's limit leaves float32: by parts of the peak.
-        peaks = exact.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        parts = exact / peaks
-        ratio = parts / parts.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
+        usual = exact.masked_fill(exact == 0, torch.nan).nanmedian(1, keepdim=True).values
+        ratio = (exact / usual).nan_to_num(0.0)
         layer.peak = max(layer.peak, float(ratio.max()))
         outlying = (ratio > FP8_OUTLIER).any(0)
         self.outlying = outlying if self.outlying is None else self.outlying | outlying
