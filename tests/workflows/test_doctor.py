@@ -62,3 +62,39 @@ def test_compile_is_tried_and_a_missing_compiler_named(monkeypatch):
     monkeypatch.setattr("glasstune.fast.probe.compiler_found", lambda: "g++")
     monkeypatch.setattr("glasstune.fast.probe.try_compile", lambda device: 1.5)
     assert module._probes("cpu", True)["torch.compile"]().status == "works"
+
+
+def test_float8_products_on_a_cpu_are_said_to_be_emulated(record):
+    if record.device["kind"] != "cpu":
+        pytest.skip("a GPU is here")
+    check = record.checks["fp8"]
+    assert check.status == "works"
+    assert check.detail.startswith("emulated")
+    assert "within 3." in check.detail  # e4m3 of both factors: 3.7 %
+
+
+def test_float8_products_are_tried_by_rows(monkeypatch):
+    from glasstune.kernels.fp8 import op
+
+    real = op.fp8_rows
+
+    def one_scale(parts, *rest):
+        rows, scale = real(parts, *rest)
+        whole = scale.max().expand_as(scale).contiguous()
+        return (rows.float() * scale / whole).to(rows.dtype), whole
+
+    monkeypatch.setattr(op, "fp8_rows", one_scale)
+    check = module._try(module._probes("cpu", False)["fp8"])
+    assert check.status == "fails"
+    assert "ArithmeticError: outputs are off by" in check.detail
+
+
+def test_an_older_gpu_is_told_what_it_can_use_instead(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Test Card 3000")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    check = module._try(module._probes("cuda", False)["fp8"])
+    assert check.status == "missing"
+    for words in ("Test Card 3000", "8.6", "8.9", "leave training.compute out"):
+        assert words in check.detail

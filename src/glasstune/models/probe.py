@@ -1,8 +1,10 @@
-"""Tries one quantised layer of bitsandbytes, forward and backward, on a device."""
+"""Tries one quantised layer, forward and backward, on a device."""
 
 from __future__ import annotations
 
 import torch
+
+from glasstune.kernels.fp8 import Fp8Linear
 
 
 def try_quantized_layer(bits: int, device: str) -> float:
@@ -45,3 +47,38 @@ def try_quantized_layer(bits: int, device: str) -> float:
     if not deviation < 0.25:
         raise ArithmeticError(f"outputs are off by {deviation:.0%}")
     return deviation
+
+
+def try_fp8_layer(device: str) -> tuple[float, float]:
+    """Runs a small linear layer with float8 products and a scale a row, as training does.
+
+    Args:
+        device: `cpu` (the products are emulated) or `cuda`.
+
+    Returns:
+        Relative distances of the output and of the input's gradient from the exact ones.
+
+    Raises:
+        Exception: Whatever torch or Triton raise where it does not work here.
+        ArithmeticError: The numbers are far off.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(128, 256, generator=generator)
+    x = torch.randn(32, 256, generator=generator)
+    x[::2] *= 1e4  # one scale for all rows would leave nothing of the others
+    layer = Fp8Linear.from_weight(weight.to(device, torch.bfloat16))
+    given = x.to(device, torch.bfloat16).requires_grad_(True)
+    out = layer(given)
+    out.float().sum().backward()
+    truth, back = x @ weight.T, weight.sum(0).expand_as(x)
+    got = (out, truth), (given.grad, back)
+    off = [
+        max(
+            float((found[half::2].float().cpu() - true[half::2]).norm() / true[half::2].norm())
+            for half in (0, 1)
+        )
+        for found, true in got
+    ]
+    if not max(off) < 0.08:
+        raise ArithmeticError(f"outputs are off by {off[0]:.1%}, gradients by {off[1]:.1%}")
+    return off[0], off[1]
