@@ -249,8 +249,8 @@ class TrainingConfig(Section):
     compute: Literal["auto", "bf16", "fp8"] = "auto"
     """Type of the base's products; fp8 = float8 rows with a scale each, on GPUs that have them."""
     fp8_keep: Literal["auto"] | list[str] = "auto"
-    """Layers that stay in bfloat16 under fp8, as globs of paths; auto = those whose output or gradient
-    would be off by more than 0.08, measured on the first rows (fp8.json)."""
+    """Layers that stay in bfloat16 under fp8, as globs of paths; auto = those whose output or
+    gradient would be off by more than 0.08, measured on the first rows (fp8.json)."""
     compile: Literal["auto", True, False] = "auto"
     """torch.compile of each decoder layer."""
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)

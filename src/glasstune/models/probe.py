@@ -70,6 +70,7 @@ def try_fp8_layer(device: str) -> tuple[float, float]:
     given = x.to(device, torch.bfloat16).requires_grad_(True)
     out = layer(given)
     out.float().sum().backward()
+    assert given.grad is not None
     truth, back = x @ weight.T, weight.sum(0).expand_as(x)
     got = (out, truth), (given.grad, back)
     off = [
