@@ -28,6 +28,7 @@ class BaseKey:
     dtype: torch.dtype
     device: torch.device
     details: tuple[Any, ...] = ()
+    fp8: bool = False
 
 
 def base_key(base: nn.Module, shared: set[int]) -> BaseKey | str:
@@ -53,10 +54,12 @@ def base_key(base: nn.Module, shared: set[int]) -> BaseKey | str:
         return "its weight is parametrised"
     if id(weight) in shared:
         return "its weight is also that of another module (tied)"
+    if asks_fp8(base) and _odd_for_fp8(base):
+        return "float8 products take multiples of 16 rows and columns"
     if is_four_bit(base):
         return _four_bit_key(base)
     if type(base) is Int8Linear:
-        return BaseKey("int8", base.in_features, torch.int8, weight.device)
+        return BaseKey("int8", base.in_features, torch.int8, weight.device, fp8=asks_fp8(base))
     if type(base) is Fp8Linear:
         return BaseKey("fp8", base.in_features, torch.uint8, weight.device)
     return _full_key(base, weight)
@@ -68,8 +71,18 @@ def _four_bit_key(base: Any) -> BaseKey | str:
         return parts
     details = (parts.block, parts.nested is None, parts.code.tolist(), base.compute_dtype)
     return BaseKey(
-        "4bit", base.in_features, torch.uint8, base.weight.device, tuple(map(str, details))
-    )
+        "4bit", base.in_features, torch.uint8, base.weight.device, tuple(map(str, details)),
+        asks_fp8(base),
+    )  # fmt: skip
+
+
+def asks_fp8(base: Any) -> bool:
+    """Whether a packed layer was marked for float8 products."""
+    return bool(getattr(base, "_glasstune_fp8", False))
+
+
+def _odd_for_fp8(base: Any) -> bool:
+    return bool(base.in_features % 16 or base.out_features % 16)
 
 
 def is_sharded(weight: Any) -> bool:

@@ -17,6 +17,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from glasstune.adapters.lora_layers import LoraState, Way, lora_state
 from glasstune.fast.bases import (
     Kind,
+    asks_fp8,
     base_key,
     is_sharded,
     out_features,
@@ -25,6 +26,7 @@ from glasstune.fast.bases import (
     rows_of,
 )
 from glasstune.fast.fp8_home import Fp8Home
+from glasstune.fast.fp8_packed import PackedFp8Home
 from glasstune.kernels.expand import Packed4bit, PackedInt8
 from glasstune.kernels.fp8 import fp8_base, fp8_group
 from glasstune.kernels.lora_group import Layout, base_group, lora_group, write_adapters
@@ -62,7 +64,8 @@ class Group:
         self.layout = self.base_layout
         self.wide: Tensor | None = None
         self.source: Packed4bit | PackedInt8 | None = None
-        self.home: Fp8Home | None = None
+        self.home: Fp8Home | PackedFp8Home | None = None
+        self.fp8 = kind == "fp8" or asks_fp8(self.bases[0])
         self.downs: list[Tensor] = []
         self.ups: list[Tensor] = []
         self.keep_dtype = kind == "4bit"
@@ -86,13 +89,14 @@ class Group:
         states = [lora_state(layer, in_training) for layer in self.layers]
         worst = max(states, key=lambda state: _ORDER[state.way])
         self.way, self.reason = worst.way, worst.reason
-        if self.way == "grouped" and len(self.layers) == 1 and not self.gathered:
+        own = self.gathered or (self.fp8 and self.kind != "fp8")
+        if self.way == "grouped" and len(self.layers) == 1 and not own:
             self.way = "plain"  # a product of one base is PEFT's own
         if self.way == "wide":
             self._bind(states)
         if self.way != "plain":
             self._look_at_bases()
-        if self.way == "wide" and self.kind in ("full", "fp8"):
+        if self.way == "wide" and (self.wide is not None or self.home is not None):
             self._refresh()
 
     def takes(self, x: Tensor) -> bool:
@@ -170,7 +174,7 @@ class Group:
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """Returns the type of the products, as PEFT and the base's own forward have it."""
-        if self.kind == "fp8":
+        if self.fp8:
             return torch.bfloat16  # the only one that tensor cores give of float8 rows
         if self.kind == "4bit":
             return self.bases[0].compute_dtype or x.dtype
@@ -217,9 +221,22 @@ class Group:
             self._adopt()
         elif self.kind == "fp8":
             self.home, self._versions = Fp8Home(self.bases, self.layout), []
-        else:
-            self.source = packed_source(self.bases, self.kind)
+        elif not self._open_packed():
+            return
         self._seen = [_signature(base, self.kind) for base in self.bases]
+
+    def _open_packed(self) -> bool:
+        """Takes the packed weights as they are now; says why where float8 cannot be had."""
+        self.source = packed_source(self.bases, self.kind)
+        self.home, self._versions = None, []
+        self.fp8 = asks_fp8(self.bases[0])
+        if self.fp8:
+            try:
+                self.home = PackedFp8Home(self.source, self.layout)
+            except ValueError as error:
+                self.way, self.reason = "plain", str(error)
+                return False
+        return True
 
     def _bind(self, states: list[LoraState]) -> None:
         """Takes the active adapter's tensors; another one has its own ranks and scales."""
@@ -289,8 +306,16 @@ def _signature(base: Any, kind: Kind) -> tuple[Any, ...]:
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     return (
         base, id(weight), place, weight.device, weight.dtype, trained,
-        "forward" in base.__dict__,
+        "forward" in base.__dict__, _marked(base),
     )  # fmt: skip
+
+
+def _marked(base: Any) -> tuple[int, ...]:
+    """What tells that a packed weight must be looked through for its powers of two again."""
+    if not asks_fp8(base):
+        return ()
+    scale = getattr(base, "scale", base.weight)  # int8 rows'; others come with their weight
+    return _version(base.weight), id(scale), _version(scale)
 
 
 def _version(tensor: Tensor) -> int:

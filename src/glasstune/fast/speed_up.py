@@ -13,7 +13,7 @@ from glasstune.adapters.lora_layers import adapted_modules
 from glasstune.core.choices import Choices
 from glasstune.core.errors import InputError
 from glasstune.core.speed import ModuleSpeed, SpeedWay
-from glasstune.fast.bases import stored_bits
+from glasstune.fast.bases import asks_fp8, stored_bits
 from glasstune.fast.blocks import find_blocks, find_norms
 from glasstune.fast.compile import RECOMPILE_LIMIT, Compile, compile_regions, decide
 from glasstune.fast.group import Group
@@ -198,6 +198,8 @@ def _modules(
         bits = stored_bits(_base(layer))
         if group is None or group.way == "plain":
             reason = refused[path] if group is None else group.reason
+            if asks_fp8(_base(layer)):
+                reason += "; its products are 16 bit, though float8 was asked for"
             paths = [] if group is None else group.paths
             way: SpeedWay = "compiled only" if within else "plain"
             found.append(ModuleSpeed(path, way, reason, bits, paths))
@@ -210,6 +212,8 @@ def _modules(
         else:
             reason = "LoRA inside the base's product"
             reason += "" if how == WATCHED else f"; not grouped: {how}"
+        if asks_fp8(_base(layer)):
+            reason += "; expanded to float8"
         found.append(ModuleSpeed(path, group.way, reason, bits, group.paths))
     return found
 

@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -15,9 +16,11 @@ from glasstune.core.config import Config
 from glasstune.core.errors import InputError
 from glasstune.kernels.fp8 import Fp8Linear
 from glasstune.kernels.fp8.product import fp8_product, fp8_rows
+from glasstune.kernels.int8_linear import Int8Linear
+from glasstune.models.packed import is_four_bit
 from glasstune.models.skips import eligible
 
-__all__ = ["Fp8Linear", "check_device", "convert_to_fp8", "kept", "to_fp8"]
+__all__ = ["Fp8Linear", "check_device", "convert_to_fp8", "kept", "mark_fp8", "to_fp8"]
 
 
 def to_fp8(model: Any, config: Config, choices: Choices) -> list[str]:
@@ -146,3 +149,38 @@ def convert_to_fp8(
 def kept(path: str, patterns: Sequence[str]) -> bool:
     """Whether a layer stays in bfloat16: a pattern is its path, its ending, or a glob of either."""
     return any(fnmatch(path, p) or fnmatch(path, f"*.{p}") for p in patterns)
+
+
+def mark_fp8(model: nn.Module, keep: Sequence[str] = ()) -> list[str]:
+    """Lets packed layers (4-bit, and int8 with row scales) ask for float8 products.
+
+    Their packed weights stay what they are. Under `speed_up` the products of their groups are
+    float8; a layer's own forward stays 16 bit, and so does what the speed report names so.
+
+    Args:
+        model: A loaded model; marks that it has are set anew.
+        keep: Patterns of paths that stay as they are, see `kept`.
+
+    Returns:
+        The paths of the layers that are marked.
+
+    Raises:
+        InputError: `bad_weights`: a width that is no multiple of 16.
+    """
+    marked = []
+    for path, module in model.named_modules():
+        if not (is_four_bit(module) or type(module) is Int8Linear):
+            continue
+        layer: Any = module
+        layer._glasstune_fp8 = not kept(path, keep)
+        if not layer._glasstune_fp8:
+            continue
+        if layer.in_features % 16 or layer.out_features % 16:
+            raise InputError(
+                "bad_weights",
+                "a float8 weight has multiples of 16 rows and columns, not "
+                f"{layer.out_features} x {layer.in_features}",
+                where=f"{path}.weight", fix="name the layer in training.fp8_keep",
+            )  # fmt: skip
+        marked.append(path)
+    return marked
