@@ -1,9 +1,10 @@
 """Float8 numbers (e4m3) of rows with a scale each.
 
-A number of e4m3 has 4 significant bits, 448 is the largest, 2**-6 the smallest with all 4. Scales are
-powers of two: they lose nothing, since a float's precision does not depend on them. And they change
-nothing: the same weight stored by rows and by columns stands for the same numbers, so that the
-backward is that of the forward; a row is rounded alike alone, beside others and with LoRA's columns.
+A number of e4m3 has 4 significant bits, 448 is the largest, 2**-6 the smallest with all 4. Scales
+are powers of two: they lose nothing, since a float's precision does not depend on them. And they
+change nothing: the same weight stored by rows and by columns stands for the same numbers, so that
+the backward is that of the forward; a row is rounded alike alone, beside others and with LoRA's
+columns.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def scales_of(peaks: Tensor) -> Tensor:
 
 
 def next_power(values: Tensor) -> Tensor:
-    """Returns the least power of two that is not below each positive float32; NaN and Inf as NaN."""
+    """Returns the least power of two not below each positive float32; NaN for NaN and Inf."""
     bits = values.contiguous().view(torch.int32)
     power = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return torch.where(torch.isfinite(values), power, torch.nan)
