@@ -9,12 +9,14 @@ Weights are random and made on the device; nothing is downloaded. `--way` runs o
 same PEFT model with its blocks compiled and no group (`compiled`), or PEFT as it is (`eager`), all
 with the same loss, tokens and optimiser. The last line printed is `RESULT {json}`. With `--check`
 gradients of all three ways of the same weights are compared with float32 mathematics, and the exit
-code is 1 where ours are more than twice as far from it as eager's.
+code is 1 where ours are more than twice as far from it as eager's. A packed base has float8
+products (`--compute fp8`) in our groups alone: there ours may be 0.1 away.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 RANK, ALPHA, RATE = 16, 32, 1e-4
+FAR_FP8 = 0.1  # one rounding to 4 bits is 0.026 away
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama8b": (
@@ -91,9 +94,12 @@ def build(args: argparse.Namespace) -> Any:
         save(model, args.save)
     pack(model, args.bits)
     if args.compute == "fp8":
-        from glasstune.models.fp8 import convert_to_fp8
+        from glasstune.models.fp8 import convert_to_fp8, mark_fp8
 
-        convert_to_fp8(model, None)
+        if args.bits == 16:
+            convert_to_fp8(model, None)
+        else:  # the groups of `fast` expand packed weights to float8; other ways stay 16 bit
+            mark_fp8(model)
     if args.device == "cuda":
         install_packing(model, compiled=True)
     model = add_adapter(model, r=args.rank, lora_alpha=ALPHA)
@@ -331,11 +337,13 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     truth = step.gradients()
     torch.backends.cuda.matmul.allow_tf32 = before
     far = {way: distance(grads, truth) for way, grads in found.items()}
+    alone = args.compute == "fp8" and args.bits != 16
+    limit = FAR_FP8 if alone else 2 * far["eager"]
     return {
         "check": True, "model": args.model, "layers": args.layers, "bits": args.bits,
         "compute": args.compute,
         "seq": args.seq, "batch": args.batch, "distance": far,
-        "ratio": round(far["fast"] / far["eager"], 3), "ok": far["fast"] <= 2 * far["eager"],
+        "ratio": round(far["fast"] / far["eager"], 3), "ok": far["fast"] <= limit,
     }  # fmt: skip
 
 
@@ -343,15 +351,21 @@ def widen(model: Any) -> None:
     """Makes every weight float32, packed ones by what they stand for."""
     from bitsandbytes.functional import dequantize_4bit
 
+    from glasstune.kernels.fp8.numbers import power_scales, to_rows
     from glasstune.models.packed import is_four_bit
 
     for path, layer in list(model.named_modules()):
         if is_four_bit(layer):
-            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            state = copy.copy(layer.weight.quant_state)
+            state.dtype = torch.float32
+            weight = dequantize_4bit(layer.weight.data, state)
         elif type(layer).__name__ in ("Int8Linear", "Fp8Linear"):
             weight = layer.dequantize()
         else:
             continue
+        if getattr(layer, "_glasstune_fp8", False):
+            scale = power_scales(weight.float())
+            weight = to_rows(weight, scale).float() * scale[:, None]
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
         plain.weight = nn.Parameter(weight.float(), requires_grad=False)
         plain.bias = layer.bias

@@ -47,15 +47,32 @@ def test_a_measured_step(bits, bench, capsys, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("bits", ["16", "8", "4"])
-def test_the_check(bits, bench, capsys, monkeypatch) -> None:
+def test_a_step_with_float8_products(bits, bench, capsys) -> None:
+    args = ("--bits", bits, "--compile", "false")
+    code, got = result(bench, capsys, *args, "--compute", "fp8")
+    assert code == 0
+    assert (got["compute"], got["modules"]) == ("fp8", {"wide": 14})
+    _, plain = result(bench, capsys, *args)
+    assert got["losses"] != plain["losses"]
+    assert got["losses"] == pytest.approx(plain["losses"], abs=0.02)
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp8"])
+@pytest.mark.parametrize("bits", ["16", "8", "4"])
+def test_the_check(bits, compute, bench, capsys, monkeypatch) -> None:
+    from glasstune.kernels.fp8 import op
     from glasstune.kernels.lora_group import fused
 
-    args = ("--bits", bits, "--check", "--compile", "false")
+    args = ("--bits", bits, "--compute", compute, "--check", "--compile", "false")
     code, got = result(bench, capsys, *args)
     assert code == 0, got
     assert 0 < got["distance"]["fast"] < 0.1
-    right = fused.adapter_gradients
-    monkeypatch.setattr(fused, "adapter_gradients", lambda *a: [2 * g for g in right(*a)])
+    right, where = fused.adapter_gradients, fused if compute == "bf16" else op
+
+    def doubled(*args: Any, **options: Any) -> Any:
+        return [2 * grad for grad in right(*args, **options)]
+
+    monkeypatch.setattr(where, "adapter_gradients", doubled)
     code, got = result(bench, capsys, *args)
     assert code == 1
     assert not got["ok"]
