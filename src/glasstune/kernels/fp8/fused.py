@@ -65,13 +65,15 @@ def _rows(
     if W3 > 0:
         peaks, squares = _look(p3 + row * stride3, peaks, squares, W3, BLOCK)
     peak = tl.max(peaks)
-    norm = tl.sqrt(tl.sum(squares))  # NaN and Inf arrive here; a maximum drops NaN
+    total_squares = tl.sum(squares)  # of NaN where a value is: a maximum drops it
+    norm = tl.sqrt(total_squares)
     column = tl.arange(0, K2)
     if K > 0:
         reach = tl.load(reach_ptr + column, mask=column < K, other=0.0)
         peak = tl.maximum(peak, norm * tl.max(reach) * (_LARGEST / _ROOM))
     scale = tl.where(peak == 0, 1.0, _next_power(peak / _LARGEST))
-    scale = tl.where(norm < float("inf"), scale, float("nan"))
+    bad = (total_squares != total_squares) | (peak == float("inf"))
+    scale = tl.where(bad, float("nan"), scale)
     tl.store(scale_ptr + row, scale)
     inverse = 1.0 / scale
     out = out_ptr + row * (total + EXTRA)
