@@ -386,10 +386,12 @@ def test_compiled_layers_share_their_graphs_and_keep_no_expanded_weight(bits) ->
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_blocks_compiled_by_inductor(bits) -> None:
-    model, other = pair(bits)
-    speed_up(other, compile=False)
-    report = speed_up(model, compile=True)
-    got, want = gradients(model, True), gradients(other, True)
-    # A last bit of bfloat16 moves a float8 number to its neighbour.
-    assert distance(got, want) < 0.05
+    truth = gradients(adapted(widened(base(bits))))
+    model, _, report = speeded(bits)
+    want = gradients(model, True)
     report.undo()
+    report = speed_up(model, compile=True)
+    got = gradients(model, True)
+    report.undo()
+    # A last bit of bfloat16 moves a float8 number to its neighbour: both are as far from the truth.
+    assert distance(got, truth) < 1.3 * distance(want, truth) + 0.01
