@@ -210,6 +210,35 @@ def test_every_kind_of_adapter_learns_on_float8(qa_file, tmp_path, adapter) -> N
         assert all(bool(value.any()) for value in biases)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_packed_base_has_float8_products_where_lora_is_inside_them(
+    outliers, qa_file, tmp_path, bits
+) -> None:
+    adapter = {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+    losses = {}
+    for compute in ("auto", "fp8"):
+        output = tmp_path / compute
+        config = fp8_run(
+            outliers, qa_file, output, model={"bits": bits}, adapter=adapter,
+            training={"max_steps": 4, "compute": compute, "eval_steps": 4, "learning_rate": 1e-3},
+        )  # fmt: skip
+        record = train(config, progress=QuietProgress())
+        assert isinstance(record, TrainRecord)
+        assert record.eval_loss_after < record.eval_loss_before
+        losses[compute] = record.eval_loss_before
+    assert config.training.fp8_keep == SPOILED
+    assert 1e-4 < abs(losses["fp8"] - losses["auto"]) < 0.1
+    report = json.loads((tmp_path / "fp8" / "fp8.json").read_text())
+    assert [layer["path"] for layer in report["layers"] if layer["output_error"] > 0.08] == SPOILED
+    speed = json.loads((tmp_path / "fp8" / "run.json").read_text())["speed"]["modules"]
+    assert len(speed) == 8
+    assert all(module["way"] == "wide" for module in speed)
+    certificate = gt.merge(tmp_path / "fp8", tmp_path / "out", onto="training", dtype="float32")
+    assert certificate.passed
+    assert certificate.base["precision"].startswith(f"{bits} bit")
+    assert certificate.base["precision"].endswith("rounded to float8")
+
+
 @pytest.mark.parametrize(
     ("sections", "code", "where"),
     [

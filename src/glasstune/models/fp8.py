@@ -20,7 +20,15 @@ from glasstune.kernels.int8_linear import Int8Linear
 from glasstune.models.packed import is_four_bit
 from glasstune.models.skips import eligible
 
-__all__ = ["Fp8Linear", "check_device", "convert_to_fp8", "kept", "mark_fp8", "to_fp8"]
+__all__ = [
+    "Fp8Linear",
+    "candidates",
+    "check_device",
+    "convert_to_fp8",
+    "kept",
+    "mark_fp8",
+    "to_fp8",
+]
 
 
 def to_fp8(model: Any, config: Config, choices: Choices) -> list[str]:
@@ -32,7 +40,7 @@ def to_fp8(model: Any, config: Config, choices: Choices) -> list[str]:
         choices: Notes how many layers, and where products are emulated.
 
     Returns:
-        The paths of the layers that were converted.
+        The paths of the layers that were converted, or marked where they are packed.
 
     Raises:
         InputError: `no_fp8`: the GPU has none. `bad_weights`: see `convert_to_fp8`.
@@ -50,8 +58,8 @@ def to_fp8(model: Any, config: Config, choices: Choices) -> list[str]:
     names = [] if keep == "auto" else keep
     config.training.fp8_keep = names
     skip = config.model.quantization.get("llm_int8_skip_modules")
-    _check_names(names, [path for path, _ in eligible(model, skip)])
-    done = convert_to_fp8(model, skip, names)
+    _check_names(names, [path for path, _ in candidates(model, skip)])
+    done = convert_to_fp8(model, skip, names) + mark_fp8(model, names)
     if not done:
         raise InputError(
             "nothing_quantized",
@@ -64,6 +72,23 @@ def to_fp8(model: Any, config: Config, choices: Choices) -> list[str]:
         "exactly nn.Linear or Conv1D; the head, what is tied and training.fp8_keep stay bfloat16",
     )  # fmt: skip
     return done
+
+
+def candidates(
+    model: PreTrainedModel, skip_modules: Sequence[str] | None
+) -> list[tuple[str, nn.Module]]:
+    """Returns paths and layers whose products can be float8, at any number of bits.
+
+    Args:
+        model: A loaded base, before its conversion.
+        skip_modules: Names as in `llm_int8_skip_modules`, or None.
+    """
+    plain = {path for path, _ in eligible(model, skip_modules)}
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if path in plain or type(module) is Int8Linear or is_four_bit(module)
+    ]
 
 
 def _check_names(names: Sequence[str], paths: Sequence[str]) -> None:

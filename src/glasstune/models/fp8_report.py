@@ -29,26 +29,8 @@ from glasstune.kernels.lora_group import Layout
 from glasstune.models.families.install import padded_kwargs
 from glasstune.models.head import split_head
 from glasstune.models.packed import four_bit_parts, is_four_bit
-from glasstune.models.skips import eligible
 
-__all__ = ["fp8_candidates", "measure_fp8"]
-
-
-def fp8_candidates(
-    model: PreTrainedModel, skip_modules: Sequence[str] | None
-) -> list[tuple[str, nn.Module]]:
-    """Returns paths and layers whose products `training.compute: fp8` makes float8.
-
-    Args:
-        model: A loaded base at 16, 8 or 4 bit.
-        skip_modules: Names as in `llm_int8_skip_modules`, or None.
-    """
-    plain = {path for path, _ in eligible(model, skip_modules)}
-    return [
-        (path, module)
-        for path, module in model.named_modules()
-        if path in plain or isinstance(module, Int8Linear) or is_four_bit(module)
-    ]
+__all__ = ["measure_fp8"]
 
 
 def measure_fp8(
@@ -65,7 +47,7 @@ def measure_fp8(
 
     Args:
         model: The base, plain and frozen, before its layers are converted.
-        layers: Those to measure, as of `fp8_candidates`.
+        layers: Those to measure, as of `models.fp8.candidates`.
         input_ids: int64 [R, L].
         attention_mask: int64 [R, L]; 1 on tokens, then 0.
         targets: int64 [R, L]; the id that each position must predict, -100 = none.
@@ -166,10 +148,11 @@ class _Meter:
     def forward(self, module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
         """Sees a call, and asks to see its gradient."""
         layer = self.layer
-        weight = _weight(module)
-        rounded = self._rounded(weight)
+        exact = _weight(module)
+        rounded = self._rounded(exact)
         if rounded is None:
             return
+        weight = exact.to(torch.bfloat16)
         x_Ti, usable = self._usable(given[0])
         if output.requires_grad:
             output.register_hook(self.backward)  # type: ignore[no-untyped-call]
@@ -196,8 +179,9 @@ class _Meter:
         layer = self.layer
         grad_Tn, _ = self._usable(gradient)
         layer.zero_gradient_rows += int((grad_Tn == 0).all(1).sum())
-        weight = _weight(self.module)
-        rounded = self._rounded(weight)
+        exact = _weight(self.module)
+        rounded = self._rounded(exact)
+        weight = exact.to(torch.bfloat16)
         if not len(grad_Tn) or rounded is None:
             return
         with _exact_products(grad_Tn.device):
@@ -273,9 +257,9 @@ def _exact_products(device: torch.device) -> Iterator[None]:
 
 
 def _weight(module: Any) -> Tensor:
-    """Returns a layer's weight [out, in] in bfloat16, as its products take it."""
+    """Returns a layer's weight [out, in] as it is rounded to float8: a packed one in float32."""
     if isinstance(module, Int8Linear):
-        return module.dequantize().to(torch.bfloat16)
+        return module.dequantize()
     if is_four_bit(module):
         parts = four_bit_parts(module)
         if isinstance(parts, str):
@@ -285,8 +269,8 @@ def _weight(module: Any) -> Tensor:
             [parts.packed], [parts.absmax], code, absmax, offset, parts.code, parts.block
         )
         layout = Layout(module.in_features, (module.out_features,), (), ())
-        return packed.expand(layout, [], [], torch.bfloat16, [])
-    weight: Tensor = module.weight.detach().to(torch.bfloat16)
+        return packed.expand(layout, [], [], torch.float32, [])
+    weight: Tensor = module.weight.detach()
     return weight.t() if isinstance(module, Conv1D) else weight
 
 

@@ -90,30 +90,32 @@ class TrainingBase:
             return value
         rows = value.T.contiguous() if turned else value
         try:
-            expanded = self._expanded(rows)
-            if name in self._fp8:
-                scale = power_scales(expanded)
-                expanded = (to_rows(expanded, scale).float() * scale[:, None]).to(self.dtype)
+            if name in self._fp8:  # a packed weight goes to float8 without bfloat16 between
+                exact = self._expanded(rows, torch.float32)
+                scale = power_scales(exact)
+                expanded = (to_rows(exact, scale).float() * scale[:, None]).to(self.dtype)
+            else:
+                expanded = self._expanded(rows, self.dtype)
         except ValueError as error:
             raise InputError(
                 "bad_weights", str(error), where=name, fix="repair the checkpoint"
             ) from error
         return expanded.T.contiguous() if turned else expanded
 
-    def _expanded(self, rows: Tensor) -> Tensor:
+    def _expanded(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         if self.bits == 16:
             return rows
-        return self._four_bit(rows) if self.bits == 4 else self._eight_bit(rows)
+        return self._four_bit(rows, dtype) if self.bits == 4 else self._eight_bit(rows, dtype)
 
-    def _eight_bit(self, rows: Tensor) -> Tensor:
+    def _eight_bit(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         if self._int8 == "w8a16":
-            return expand_rows(*quantize_rows(rows), self.dtype)
+            return expand_rows(*quantize_rows(rows), dtype)
         from bitsandbytes import functional
 
         stored, scale, _ = functional.int8_vectorwise_quant(rows.to(torch.float16))
-        return expand_rows(stored, scale.float(), self.dtype)
+        return expand_rows(stored, scale.float(), dtype)
 
-    def _four_bit(self, rows: Tensor) -> Tensor:
+    def _four_bit(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         from bitsandbytes import functional
 
         packed, state = functional.quantize_4bit(
@@ -122,7 +124,7 @@ class TrainingBase:
         nested = (None, None, None)
         if state.nested:
             nested = (state.state2.code, state.state2.absmax, state.offset)
-        out = torch.empty_like(rows)
+        out = torch.empty_like(rows, dtype=dtype)
         expand_4bit_reference(
             packed.reshape(-1).view(torch.uint8),
             block_scales(state.absmax, *nested),

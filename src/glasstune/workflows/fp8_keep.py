@@ -96,14 +96,15 @@ def measure(prepared: Prepared, base: Any) -> Fp8Record:
     import torch
 
     from glasstune.data.packing import PackedSet
-    from glasstune.models.fp8_report import fp8_candidates, measure_fp8
+    from glasstune.models.fp8 import candidates
+    from glasstune.models.fp8_report import measure_fp8
 
     rows = _few(prepared.data.train, prepared.config.training.seed)
     few = PackedSet.build(rows, max_length=_TOKENS, packed=False, seed=0)
     batch = few.micro_batch(range(len(rows)), 0, prepared.pad_id)
     skip = prepared.config.model.quantization.get("llm_int8_skip_modules")
     record = measure_fp8(
-        base, fp8_candidates(base, skip), torch.from_numpy(batch.input_ids),
+        base, candidates(base, skip), torch.from_numpy(batch.input_ids),
         torch.from_numpy(batch.attention_mask), torch.from_numpy(batch.targets),
     )  # fmt: skip
     record.decide()
