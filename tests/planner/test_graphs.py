@@ -15,10 +15,11 @@ from glasstune.fast.members import detach
 from glasstune.fast.speed_up import speed_up
 from glasstune.models.families.table import FAMILIES
 from glasstune.models.inspect.source import open_source
-from glasstune.planner.graphs import compiled_bytes, walk
+from glasstune.planner.graphs import compiled_bytes
 from glasstune.planner.model import MemoryModel, Setup
 from glasstune.planner.shadow import make_shadow
 from glasstune.planner.trace import Batch, block_calls
+from glasstune.planner.walk import walk
 
 ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
@@ -51,6 +52,70 @@ def test_a_buffer_is_free_after_its_last_reader() -> None:
 
     one = 32 * 16 * 4
     assert walk(graph(function, torch.ones(32, 16), torch.ones(16, 16)), set(), 1).peak == 3 * one
+
+
+def gated(gate: Tensor, up: Tensor, grad: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+    """The backward of a gated product that makes its own input again."""
+    half = torch.sigmoid(gate)
+    inner = gate * half * up
+    weight_grad = torch.mm(grad.t(), inner)
+    inner_grad = torch.mm(grad, down)
+    up_grad = inner_grad * gate * half
+    gate_grad = inner_grad * up * half * (1 + gate * (1 - half))
+    return weight_grad, torch.mm(up_grad, down.t()), torch.mm(gate_grad, down.t())
+
+
+def gated_inputs() -> tuple[Tensor, ...]:
+    tokens, inner, hidden = 256, 96, 16
+    return (
+        torch.randn(tokens, inner), torch.randn(tokens, inner), torch.randn(tokens, hidden),
+        torch.randn(hidden, inner),
+    )  # fmt: skip
+
+
+def test_what_reads_the_same_is_one_kernel_with_all_its_results() -> None:
+    """`inner` is not made and freed before: its kernel is that of the two gradients."""
+    inputs = gated_inputs()
+    one, small = 256 * 96 * 4, 256 * 16 * 4
+    found = walk(graph(gated, *inputs), set(), 1, takes=True)
+    # gate, up, the incoming gradient and the weight; the gradient of `inner`; three results.
+    assert found.peak == 6 * one + small + 16 * 96 * 4
+
+
+def test_a_result_takes_an_inputs_place_only_where_nothing_else_reads_it() -> None:
+    def function(x: Tensor, w: Tensor, twice: bool) -> tuple[Tensor, ...]:
+        first = torch.mm(x, w)
+        results = (first * 2, first + 1) if twice else (first * 2,)
+        return tuple(torch.mm(result, w) for result in results)
+
+    inputs, one = (torch.ones(32, 16), torch.ones(16, 16)), 32 * 16 * 4
+    alone = graph(lambda x, w: function(x, w, False), *inputs)
+    both = graph(lambda x, w: function(x, w, True), *inputs)
+    assert walk(alone, set(), 1).peak == 2 * one  # the first product's place, and the second one
+    assert walk(both, set(), 1).peak == 3 * one  # beside it: two results
+
+
+def test_a_product_lives_in_the_joined_tensor_that_it_is_a_part_of() -> None:
+    def function(x: Tensor, a: Tensor, w: Tensor, later: Tensor) -> tuple[Tensor, ...]:
+        low = torch.mm(x, a)
+        out = torch.mm(torch.cat([x, low], 1), w)
+        out = torch.mm(torch.mm(out, later), later)
+        return out, torch.mm(low.t(), x)
+
+    x, a, w = torch.ones(32, 16), torch.ones(16, 4), torch.ones(20, 64)
+    found = walk(graph(function, x, a, w, torch.ones(64, 64)), set(), 1)
+    # While the last but one product is made: the joined tensor, for its part; two of 64 columns.
+    assert found.peak == 32 * (20 + 64 + 64) * 4
+
+
+def test_what_stays_is_not_freed_after_its_last_use() -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return torch.mm(torch.mm(torch.mm(x, w), w), w)
+
+    made = graph(function, torch.ones(32, 16), torch.ones(16, 16))
+    one, weight = 32 * 16 * 4, 16 * 16 * 4
+    assert walk(made, set(), 1, takes=True).peak == 2 * one + weight
+    assert walk(made, set(), 1, takes=True, stays=["x_1"]).peak == 3 * one + weight
 
 
 def really_saved(fast: bool, budget: float | None = None) -> int:

@@ -56,7 +56,11 @@ def test_the_first_layers_recomputed() -> None:
 
 def test_all_recomputed_and_offloaded() -> None:
     assert by_phase(Recompute(4))["loss"] == STAYS + 50 + 4 * 20 + 200
-    assert by_phase(Recompute(4, offload=True))["loss"] == STAYS + 50 + 2 * 20 + 200
+    away = by_phase(Recompute(4, offload=True))
+    # The first layer's input is the embeddings' output: on the host too, once the forward is done.
+    assert away["loss"] == STAYS + 50 - 20 + 2 * 20 + 200
+    assert away["forward"] == STAYS + 50 + 2 * 20 + 110
+    assert away["backward"] == STAYS + 50 - 20 + 2 * 20 + 190 + 3 * 10
 
 
 def test_libraries_and_holes_are_added_once() -> None:

@@ -134,6 +134,9 @@ def moments(
         parts = {**step, "activations": alive, "workspace": block.forward}
         forward.append(moment("forward", f"layer {index}", parts))
         alive += kept[index]
+    if recompute.offload and recompute.layers:
+        # Embeddings are the first layer's input; the model's forward has let go of them now.
+        alive -= min(batch.before, batch.entering)
     loss = {**step, "activations": alive, "workspace": batch.head}
     found += [_highest(forward)] if blocks else []
     found.append(moment("loss", "head and loss", loss))
