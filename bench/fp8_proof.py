@@ -30,8 +30,8 @@ WAYS = {
     "4 bit, fp8": ["model.bits=4", "training.compute=fp8"],
 }
 COLUMNS = [
-    "way", "seed", "steps", "before", "after", "best", "train_loss", "tokens_per_second",
-    "peak_bytes", "seconds", "note",
+    "way", "seed", "steps", "before", "after", "best", "in_bf16", "train_loss",
+    "tokens_per_second", "peak_bytes", "graphs", "seconds", "note",
 ]  # fmt: skip
 HELD_OUT = 20
 
@@ -84,12 +84,28 @@ def run(args: argparse.Namespace, way: str, seed: int, folder: Path, files: Any)
     losses = [event["eval_loss"] for event in events if event["event"] == "eval"]
     steps = [event for event in events if event["event"] == "train"]
     late = steps[len(steps) // 2 :]
+    choices = json.loads((output / "run.json").read_text(encoding="utf-8"))["choices"]
+    graphs = [c["value"] for c in choices if c["name"] == "training.cuda_graphs"]
     return row | {
+        "in_bf16": evaluate(output, held), "graphs": graphs[-1] if graphs else "",
         "before": losses[0], "after": losses[-1], "best": min(losses),
         "train_loss": statistics.mean(event["loss"] for event in late),
         "tokens_per_second": round(statistics.median(e["tokens_per_second"] for e in late)),
         "peak_bytes": max(event["peak_memory_bytes"] or 0 for event in steps),
     }  # fmt: skip
+
+
+def evaluate(output: Path, held: list[Path]) -> float:
+    """Returns the loss of a run's adapter on the same base with bfloat16 products."""
+    total, tokens = 0.0, 0
+    for file in held:
+        record = output / "evaluated.json"
+        command = [sys.executable, "-m", "glasstune", "evaluate", str(output), "--data", str(file)]
+        subprocess.run([*command, "--json", str(record)], capture_output=True, check=True)
+        found = json.loads(record.read_text(encoding="utf-8"))
+        total += found["eval_loss"] * found["tokens"]
+        tokens += found["tokens"]
+    return total / tokens
 
 
 def table(files: list[Path]) -> str:
@@ -98,18 +114,20 @@ def table(files: list[Path]) -> str:
     for file in files:
         with file.open(newline="", encoding="utf-8") as lines:
             rows += csv.DictReader(lines)
-    good = [row for row in rows if row["after"]]
-    seeds = sorted({row["seed"] for row in good}, key=int)
-    text = ["| base | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | spread |"]
-    text.append("|---" * (len(seeds) + 3) + "|")
-    for way in WAYS:
-        found = {row["seed"]: float(row["after"]) for row in good if row["way"] == way}
-        if not found:
-            continue
-        cells = [f"{found[seed]:.4f}" if seed in found else "" for seed in seeds]
-        values = list(found.values())
-        cells += [f"{statistics.mean(values):.4f}", f"{max(values) - min(values):.4f}"]
-        text.append(f"| {way} | " + " | ".join(cells) + " |")
+    text = []
+    for column, what in (("after", "as trained"), ("in_bf16", "adapter on bfloat16 products")):
+        good = [row for row in rows if row[column]]
+        seeds = sorted({row["seed"] for row in good}, key=int)
+        names = " | ".join(f"seed {seed}" for seed in seeds)
+        text += [f"\n| {what} | {names} | mean | spread |", "|---" * (len(seeds) + 3) + "|"]
+        for way in WAYS:
+            found = {row["seed"]: float(row[column]) for row in good if row["way"] == way}
+            if not found:
+                continue
+            cells = [f"{found[seed]:.4f}" if seed in found else "" for seed in seeds]
+            values = list(found.values())
+            cells += [f"{statistics.mean(values):.4f}", f"{max(values) - min(values):.4f}"]
+            text.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 

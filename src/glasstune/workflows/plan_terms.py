@@ -36,7 +36,7 @@ def planned_terms(prepared: Prepared) -> dict[str, Any]:
 
 def split_terms(prepared: Prepared) -> int:
     """Returns how many terms have a backward of their own in an audited update; 0 for none."""
-    audited = prepared.config.audit.every_n_steps > 0 and not prepared.sharded
+    audited = prepared.config.audit.every_n_steps > 0
     return len(prepared.terms) if audited and len(prepared.terms) > 1 else 0
 
 

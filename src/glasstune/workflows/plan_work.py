@@ -53,8 +53,8 @@ class Work:
         self.config = prepared.config
         self.total = prepared.schedule.total if updates is None else updates
         self.device: Device = device_of(prepared, self.total)
-        if prepared.sharded:  # nothing is grouped or compiled then
-            self.device = replace(self.device, fast=False, compiled=False)
+        if prepared.sharded and self.config.model.bits == 16:  # compiled, but not joined
+            self.device = replace(self.device, fast=False)
         source = open_source(
             prepared.resolved.folder_or_id, trust_remote_code=prepared.resolved.trust_remote_code
         )
@@ -94,7 +94,7 @@ class Work:
 
         data = self.prepared.data
         base = self.model.shadow.model.get_base_model()
-        way = packing_of(base, self.device.kind, self.device.fast)
+        way = packing_of(base, self.device.kind, self.device.fast or self.device.compiled)
         batch = shape_of(
             (data.train, data.validation), rows, self.prepared.pad_id,
             documents=way == "documents", mask=way == "mask",
@@ -294,7 +294,7 @@ class Work:
             moments(
                 share.static, activations, recompute, context=self.device.context,
                 workspace=self.device.library + share.workspace, holes=self.device.slack,
-                split=0 if share.strategy == "fsdp2" else self.model.setup.split,
+                split=self.model.setup.split,
                 accumulates=self.prepared.schedule.share > rows,
             )
         )  # fmt: skip
