@@ -90,8 +90,8 @@ def fp8_product(
         )  # fmt: skip
         return product
     with torch.autocast(left_Tk.device.type, enabled=False):  # it would multiply in bfloat16
-        exact = left_Tk.float() @ right_nk.float().t()
-        return (exact * left_scale * right_scale).to(dtype)
+        sums = left_Tk.float() @ right_nk.float().t()
+        return (sums * left_scale * right_scale).to(dtype)
 
 
 @fp8_product.register_fake
