@@ -261,8 +261,9 @@ def test_a_token_without_a_gradient_is_bitsandbytes_own() -> None:
             assert torch.equal(got, model(input_ids=one, use_cache=False).logits)
 
 
-def test_marks_are_never_mixed_within_a_group_and_changes_are_seen() -> None:
-    model = base(4)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_marks_are_never_mixed_within_a_group_and_changes_are_seen(bits) -> None:
+    model = base(bits)
     marked = mark_fp8(model, keep=["q_proj", "down_proj"])
     assert marked
     assert not any(path.endswith(("q_proj", "down_proj")) for path in marked)
@@ -277,7 +278,7 @@ def test_marks_are_never_mixed_within_a_group_and_changes_are_seen() -> None:
     mark_fp8(model.get_base_model(), keep=["*"])
     got = logits(model)
     assert not any(group.fp8 for group in report.groups)
-    never = base(4)
+    never = base(bits)
     mark_fp8(never, keep=["q_proj", "down_proj"])  # the same groups
     never = adapted(never)
     speed_up(never, compile=False)
@@ -316,6 +317,18 @@ def test_a_step_between_forward_and_backward_is_an_error(bits) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
     step(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_another_scale_between_forward_and_backward_is_an_error() -> None:
+    """It changes neither A nor B, but what stands of them behind the weight."""
+    model, _ = pair(4)
+    speed_up(model, compile=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    rescale(model)
+    logits(model)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

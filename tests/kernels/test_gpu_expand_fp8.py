@@ -118,8 +118,10 @@ def exact_int8(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def random_int8(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Among its rows are some whose values fall below the range of 4 bits."""
     torch.manual_seed(0)
-    return torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(shape[0]) + 1e-3
+    magnitudes = 10.0 ** (-7 * torch.rand(shape[0]))
+    return torch.randint(-127, 128, shape, dtype=torch.int8), magnitudes
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
