@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from runs import (
@@ -22,10 +24,13 @@ from tiny import save_tiny_model
 
 import glasstune as gt
 from glasstune.cli.main import run as run_cli
+from glasstune.core.batch import Document
+from glasstune.core.choices import Choices
 from glasstune.core.config import Config
 from glasstune.core.config_load import load_config
 from glasstune.core.errors import InputError, StoppedBySignal
 from glasstune.core.records import TrainRecord
+from glasstune.data.packing import PackedSet
 from glasstune.workflows import fp8_keep
 from glasstune.workflows.evaluate import evaluate
 from glasstune.workflows.generate import generate
@@ -307,3 +312,53 @@ def test_the_merge_passes_and_its_certificate_names_float8(run, outliers, tmp_pa
         assert rounded == ("down" in name)
         plain = base[name].to(torch.bfloat16).float()
         assert torch.equal(values, plain) == ("gate" in name)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "prompt", "rows"),
+    [
+        ([600] * 20, 20, [128] * 4),
+        ([600] * 20, 150, [256] * 2),
+        ([600] * 20, 400, [512]),
+        ([600] * 20, 590, [512]),  # nothing of them would be trained: the prompt is
+        ([30] * 40, 20, [30] * 16),
+        ([9], 3, [9]),
+    ],
+)
+def test_the_rows_that_layers_are_measured_with(lengths, prompt, rows) -> None:
+    documents = []
+    for length in lengths:
+        ids = np.arange(length, dtype=np.int32) + 2
+        documents.append(Document(ids, np.where(np.arange(length) < prompt, -100, ids)))
+    train = PackedSet.build(documents, max_length=1024, packed=True, seed=0)
+    found = fp8_keep._few(train, 3)
+    assert [len(document) for document in found] == rows
+    assert all(document.trained_tokens for document in found)
+
+
+class FirstRank:
+    """A world in which another process is rank 0; it has decided."""
+
+    writes = False
+
+    def __init__(self, *values: Any) -> None:
+        self.values = list(values)
+
+    def broadcast(self, value: Any) -> Any:
+        return self.values.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("told", "decided"),
+    [([None, {"a.b": "its output"}], ["a.b"]), ([["c"]], ["c"]), ([[]], [])],
+)
+def test_a_later_rank_follows_the_first_and_measures_nothing(monkeypatch, told, decided) -> None:
+    monkeypatch.setattr(fp8_keep, "measure", None)
+    config = fp8_run(Path("m"), Path("rows.json"), Path("out"))
+    prepared: Any = SimpleNamespace(config=config, choices=Choices())
+    world: Any = FirstRank(*told)
+    keep = fp8_keep.Fp8Keep(None, world)
+    keep.resolve(prepared, SimpleNamespace(device=torch.device("cpu")))
+    assert config.training.fp8_keep == decided
+    assert world.values == []
+    assert keep.lines() == []

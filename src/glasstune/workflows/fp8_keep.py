@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glasstune.core.batch import IGNORED, Document
+from glasstune.core.batch import Document
 from glasstune.core.config_load import load_config
 from glasstune.core.files import write_json_atomic
 from glasstune.core.fp8 import Fp8Record
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 FILE = "fp8.json"
 _TOKENS = 512
 """Of the rows that layers are measured with, padding included."""
+_ROWS = 16
+"""From which those are taken."""
 
 
 @dataclass
@@ -112,22 +115,25 @@ def measure(prepared: Prepared, base: Any) -> Fp8Record:
 
 
 def _few(train: PackedSet, seed: int) -> list[Document]:
-    """Returns the run's first documents that fit, padded to the longest, into the tokens."""
-    found: list[Document] = []
-    longest = 0
-    for document in _in_order(train, seed):
-        length = max(longest, len(document))
-        if (len(found) + 1) * length > _TOKENS:
-            break
-        found.append(document)
-        longest = length
-    return found
+    """Returns the first rows of the run, cut to equal parts of the tokens.
+
+    Rows are cut shorter as long as something of them is trained.
+    """
+    documents = list(islice(_in_order(train, seed), _ROWS))
+    for length in (_TOKENS // 4, _TOKENS // 2, _TOKENS):
+        cut = [_cut(document, length) for document in documents]
+        found = [document for document in cut if document.trained_tokens]
+        if found:
+            return found[: _TOKENS // max(map(len, found))]
+    first = _cut(documents[0], _TOKENS)  # its prompt fills it: then the prompt is what is predicted
+    return [replace(first, labels=first.ids)]
 
 
 def _in_order(train: PackedSet, seed: int) -> Iterator[Document]:
     for pack in train.order(seed, 0):
         for index in train.packs[int(pack)].tolist():
-            document = train.documents[index]
-            ids, labels = document.ids[:_TOKENS], document.labels[:_TOKENS]
-            if (labels[1:] != IGNORED).any():
-                yield replace(document, ids=ids, labels=labels)
+            yield train.documents[index]
+
+
+def _cut(document: Document, length: int) -> Document:
+    return replace(document, ids=document.ids[:length], labels=document.labels[:length])
