@@ -362,3 +362,20 @@ def test_a_later_rank_follows_the_first_and_measures_nothing(monkeypatch, told, 
     assert config.training.fp8_keep == decided
     assert world.values == []
     assert keep.lines() == []
+
+
+def test_a_base_in_the_hosts_memory_is_not_measured(monkeypatch) -> None:
+    from glasstune.models import fp8, load
+
+    tried = []
+    monkeypatch.setattr(fp8_keep, "measure", None)
+    monkeypatch.setattr(load, "choose_device", lambda *given: torch.device("cuda"))
+    monkeypatch.setattr(fp8, "check_device", tried.append)
+    config, choices = fp8_run(Path("m"), Path("rows.json"), Path("out")), Choices()
+    prepared: Any = SimpleNamespace(config=config, choices=choices)
+    fp8_keep.Fp8Keep().resolve(prepared, SimpleNamespace(device=torch.device("cpu")))
+    assert config.training.fp8_keep == []
+    assert tried == [torch.device("cuda")]
+    noted = choices.get("training.fp8_keep")
+    assert noted is not None
+    assert noted.reason.startswith("not measured")

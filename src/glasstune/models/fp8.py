@@ -17,6 +17,7 @@ from glasstune.core.errors import InputError
 from glasstune.kernels.fp8 import Fp8Linear
 from glasstune.kernels.fp8.product import fp8_product, fp8_rows
 from glasstune.kernels.int8_linear import Int8Linear
+from glasstune.models.load import choose_device
 from glasstune.models.packed import is_four_bit
 from glasstune.models.skips import eligible
 
@@ -47,7 +48,8 @@ def to_fp8(model: Any, config: Config, choices: Choices) -> list[str]:
             `nothing_quantized`: no layer is left to convert. `no_such_layer`: a pattern of
             `fp8_keep` fits none.
     """
-    device = model.device
+    # Not the model's: a base that will be sharded is still in the host's memory.
+    device = choose_device(config.model.device, choices)
     check_device(device)
     if device.type != "cuda":
         choices.record(

@@ -50,14 +50,19 @@ class Fp8Keep:
             InputError: `no_fp8`: the GPU has no float8 products.
         """
         from glasstune.models.fp8 import check_device
+        from glasstune.models.load import choose_device
 
         training, choices = prepared.config.training, prepared.choices
         if training.fp8_keep != "auto":
             return
-        check_device(base.device)
+        device = choose_device(prepared.config.model.device, choices)
+        check_device(device)
         decided = self.world.broadcast(self._saved()) if self.world else self._saved()
         if decided is not None:
             why = "as the run began"
+        elif base.device.type != device.type:
+            decided = []
+            why = "not measured: the base waits in the host's memory until it is sharded"
         else:
             if self.world is None or self.world.writes:
                 self.record = measure(prepared, base)
