@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
+from allocating import allocated
 from families import family_config
+from runs import missing
 from tiny import tiny_config
 from torch import Tensor, fx
 
@@ -80,6 +83,19 @@ def test_what_reads_the_same_is_one_kernel_with_all_its_results() -> None:
     found = walk(graph(gated, *inputs), set(), 1, takes=True)
     # gate, up, the incoming gradient and the weight; the gradient of `inner`; three results.
     assert found.peak == 6 * one + small + 16 * 96 * 4
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_that_is_what_inductors_own_code_allocates() -> None:
+    if shutil.which("g++") is None:
+        missing("g++")
+    inputs = gated_inputs()
+    compiled = torch.compile(gated, dynamic=False)
+    compiled(*inputs)
+    results = []
+    real = allocated(lambda: results.append(compiled(*inputs)))
+    assert walk(graph(gated, *inputs), set(), 64).peak == real
+    torch._dynamo.reset()
 
 
 def test_a_result_takes_an_inputs_place_only_where_nothing_else_reads_it() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from allocating import allocated
 from runs import QuietProgress, tiny_run
 from tiny import save_tiny_model
 
@@ -41,20 +41,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             folder / "deep", num_hidden_layers=6, hidden_size=128, intermediate_size=512
         ),
     }
-
-
-def allocated(run: Callable[[], object]) -> int:
-    """The most bytes that torch's CPU allocator gave out above those at the start."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    now = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
 
 
 def real_peak(prepared: Prepared, forwards: int, audited: bool) -> int:

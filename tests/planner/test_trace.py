@@ -14,10 +14,10 @@ from glasstune.adapters.inject import add_adapter, keep_activation_dtype
 from glasstune.kernels.document_attention import op as document_attention
 from glasstune.kernels.linear_cross_entropy import linear_cross_entropy
 from glasstune.models.inspect.source import open_source
-from glasstune.planner.losses import frozen_head_loss
+from glasstune.planner.losses import frozen_head_loss, held_out_loss
 from glasstune.planner.model import MemoryModel, Setup
 from glasstune.planner.shadow import make_shadow
-from glasstune.planner.trace import Batch, trace_step
+from glasstune.planner.trace import Batch, trace_evaluation, trace_step
 
 ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 ROWS, LENGTH = 2, 64
@@ -101,6 +101,16 @@ def test_nothing_without_data_is_left_behind() -> None:
     out = document_attention.document_attention(q, k, k)
     # The first token sees itself alone: a mask without data would hide nothing.
     assert torch.equal(out[0], k[:, 0].repeat_interleave(2, 0))
+
+
+def test_a_long_row_needs_no_mask() -> None:
+    """Nothing of an evaluation grows with the square of the length: no mask is really made."""
+    shadow = make_shadow(open_source(tiny_config()), 16, ADAPTER, target="cuda")
+    lengths = (4096, 8192)
+    short, long = (trace_evaluation(shadow, Batch(1, n, 64), held_out_loss) for n in lengths)
+    assert long < 2.05 * short
+    step, longer = (trace_step(shadow, Batch(1, n, 64), frozen_head_loss) for n in lengths)
+    assert longer.head < 2.05 * step.head
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

@@ -21,8 +21,9 @@ from torch.utils import checkpoint
 
 from glasstune.adapters.base import base_only
 from glasstune.kernels.document_attention import op as document_attention
-from glasstune.models.families import documents
+from glasstune.models.families import documents, flex
 from glasstune.models.families.experts import grouped_of_any_type
+from glasstune.models.families.table import family_of
 from glasstune.planner.live import ROUND, LiveBytes
 from glasstune.planner.shadow import Shadow
 from glasstune.planner.watch import StepBytes, Watch
@@ -203,6 +204,8 @@ def _forward(shadow: Shadow, batch: Batch) -> tuple[Tensor, nn.Module]:
     if batch.bounds is not None:
         inputs |= {"attention_mask": None, documents.BOUNDS_KEYWORD: batch.bounds}
     causal = shadow.model.get_base_model()
+    if batch.bounds is None and not batch.masked and _needs_no_mask(causal.config):
+        inputs["attention_mask"] = flex.no_mask(shadow.device)
     if "position_ids" in inspect.signature(causal.base_model.forward).parameters:
         places = torch.arange(batch.length, device=shadow.device)
         inputs.setdefault("position_ids", places.expand(batch.rows, -1).contiguous())
@@ -212,6 +215,14 @@ def _forward(shadow: Shadow, batch: Batch) -> tuple[Tensor, nn.Module]:
         if batch.trained is not None:
             hidden = hidden[torch.zeros(batch.trained, dtype=torch.int64, device=shadow.device)]
     return hidden, causal.get_output_embeddings()
+
+
+def _needs_no_mask(config: Any) -> bool:
+    """Whether a real forward sees that causal attention needs no mask; without data it cannot."""
+    family = family_of(config)
+    causal = family is not None and (family.packing, family.positions) == ("documents", "rope")
+    whole = getattr(config, "sliding_window", None) is None
+    return causal and whole and config._attn_implementation == "sdpa"
 
 
 class _FusedNorm(torch.autograd.Function):
