@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import save_tiny_model
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from glasstune.core.choices import Choices
 from glasstune.core.config import Config, ModelConfig
@@ -20,6 +22,7 @@ from glasstune.models import fp8
 from glasstune.models.fp8_report import measure_fp8
 from glasstune.models.load import load_base
 from glasstune.models.resolve import resolve_model
+from glasstune.models.training_base import TrainingBase
 from glasstune.reports.fp8_text import fp8_lines
 
 ROWS, LENGTH, PADDED = 3, 40, 10
@@ -377,3 +380,19 @@ def test_a_gpu_whose_product_fails_says_its_own_words(monkeypatch) -> None:
 
 def test_a_cpu_needs_no_float8() -> None:
     fp8.check_device(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_merge_adds_to_the_numbers_that_training_multiplied_by(folder, bits) -> None:
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    config = ModelConfig(path=str(folder), bits=bits, dtype="bfloat16")
+    trained = TrainingBase(empty, config, ["q_proj"])
+    assert trained.label.endswith("bfloat16, rounded to float8")
+    model = load(folder, bits)
+    stored = load_file(folder / "model.safetensors")
+    for path, rounded in (("mlp.up_proj", True), ("self_attn.q_proj", False)):
+        name = f"model.layers.1.{path}"
+        weight = weight_of(model.get_submodule(name), bits)
+        want = (float8(weight) if rounded else weight).to(torch.bfloat16)
+        assert torch.equal(trained(f"{name}.weight", stored[f"{name}.weight"]), want)

@@ -32,6 +32,7 @@ from glasstune.core.errors import InputError, StoppedBySignal
 from glasstune.core.records import TrainRecord
 from glasstune.data.packing import PackedSet
 from glasstune.workflows import fp8_keep
+from glasstune.workflows.audit import audit
 from glasstune.workflows.evaluate import evaluate
 from glasstune.workflows.generate import generate
 from glasstune.workflows.train import train
@@ -58,7 +59,7 @@ def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fp8_run(model: Path, data: Path, output: Path, /, **sections: dict[str, Any]) -> Config:
     """A run with float8 products; sections override."""
     training = {"compute": "fp8", **sections.pop("training", {})}
-    base = {"dtype": "bfloat16", **sections.pop("model", {})}
+    base = {"dtype": "bfloat16", "device": "cpu", **sections.pop("model", {})}
     return tiny_run(model, data, output, model=base, training=training, **sections)
 
 
@@ -379,3 +380,19 @@ def test_a_base_in_the_hosts_memory_is_not_measured(monkeypatch) -> None:
     noted = choices.get("training.fp8_keep")
     assert noted is not None
     assert noted.reason.startswith("not measured")
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_an_audit_looks_at_what_the_run_computes_or_says_that_it_does_not(
+    outliers, qa_file, tmp_path, bits
+) -> None:
+    said = QuietProgress()
+    config = fp8_run(outliers, qa_file, tmp_path / "run", model={"bits": bits})
+    result = audit(config, progress=said)
+    assert result.ok
+    assert config.training.fp8_keep == SPOILED
+    compute = [line for line in said.lines if line.startswith("training.compute: ")]
+    assert len(compute) == 1
+    assert compute[0].startswith("training.compute: " + ("fp8" if bits == 16 else "bf16"))
+    states = {row.status for row in result.reports[0].parameters if "lora_B" in row.name}
+    assert len(states) == 1
