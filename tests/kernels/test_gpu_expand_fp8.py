@@ -20,6 +20,7 @@ from glasstune.kernels.expand.reference import (
     expand_4bit_reference,
     expand_int8_reference,
 )
+from glasstune.kernels.fp8 import Fp8Weights, Low, extra_columns, fp8_group, write_low
 from glasstune.kernels.fp8.numbers import E4M3, scales_of
 from glasstune.kernels.lora_group import Layout
 
@@ -130,9 +131,11 @@ def random_int8(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_int8_bit_for_bit(shape, turned, made) -> None:
     from glasstune.kernels.expand.fused_fp8 import expand_int8_fp8_fused
 
-    quantized, row_scales = (part.to(DEVICE) for part in made(shape))
-    exact = torch.empty(shape, device=DEVICE)
+    quantized, row_scales = made(shape)
+    exact = torch.empty(shape)
+    # On a CPU: torch divides by 127 there, where on a GPU it multiplies by the rounded inverse.
     expand_int8_reference(quantized, row_scales, exact)
+    exact, quantized, row_scales = (part.to(DEVICE) for part in (exact, quantized, row_scales))
     scale, back = unit_scales(exact)
     want = torch.empty(shape[::-1] if turned else shape, dtype=E4M3, device=DEVICE)
     round_reference(exact, scale, back if turned else None, want)
@@ -141,31 +144,31 @@ def test_int8_bit_for_bit(shape, turned, made) -> None:
     check(outer, out, want)
 
 
-@ON_GPU
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("outs", [(4096, 1024, 1024), (14336, 14336)], ids=str)
-def test_a_whole_group_is_that_of_the_cpu(bits, outs) -> None:
+def packed_group(bits: int, outs: tuple[int, ...], width: int) -> Any:
     from bitsandbytes import functional
 
-    width = 1024
-    layout = Layout(width, outs, (), ())
     torch.manual_seed(0)
     weights = [torch.randn(out, width, device=DEVICE) * 0.03 for out in outs]
-    packed: Any
     if bits == 4:
         made = [functional.quantize_4bit(w, compress_statistics=True, quant_type="nf4")
                 for w in weights]  # fmt: skip
         states = [state for _, state in made]
-        packed = Packed4bit(
+        return Packed4bit(
             [data for data, _ in made], [s.absmax for s in states], [s.state2.code for s in states],
             [s.state2.absmax for s in states], [s.offset for s in states], states[0].code, 64,
         )  # fmt: skip
-    else:
-        scales = [w.abs().amax(1) for w in weights]
-        rows = zip(weights, scales, strict=True)
-        packed = PackedInt8(
-            [torch.round(w * (127 / s)[:, None]).to(torch.int8) for w, s in rows], scales
-        )
+    scales = [w.abs().amax(1) for w in weights]
+    rows = zip(weights, scales, strict=True)
+    return PackedInt8([torch.round(w * (127 / s)[:, None]).to(torch.int8) for w, s in rows], scales)
+
+
+@ON_GPU
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("outs", [(4096, 1024, 1024), (14336, 14336)], ids=str)
+def test_a_whole_group_is_that_of_the_cpu(bits, outs) -> None:
+    width = 1024
+    layout = Layout(width, outs, (), ())
+    packed = packed_group(bits, outs, width)
 
     def low(rows: int) -> torch.Tensor:
         return torch.randn(rows, 128, device=DEVICE).to(E4M3)
@@ -179,6 +182,49 @@ def test_a_whole_group_is_that_of_the_cpu(bits, outs) -> None:
         right, its_scale = host.expand(turned, [])
         assert torch.equal(scale.cpu(), its_scale)
         assert torch.equal(mine.cpu().view(torch.uint8), right.view(torch.uint8))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("outs", [(512, 128, 128), (1024, 1024)], ids=str)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=ON_GPU)])
+def test_products_of_packed_weights_are_those_of_kept_copies(bits, outs, compiled) -> None:
+    """And a compiler that may keep what it likes keeps no expanded weight."""
+    width, ranks = 256, (16, 8, 8)[: len(outs)]
+    layout = Layout(width, outs, ranks, tuple(2.0 for _ in outs))
+    packed, extra = packed_group(bits, outs, width), extra_columns(layout)
+    low = Low.empty(layout, torch.bfloat16, torch.device(DEVICE))
+    beside = [torch.zeros(size, extra, device=DEVICE).to(E4M3) for size in (layout.rows, width)]
+    source = Fp8Packed(packed, outs, *weight_scales(packed, layout), *beside)
+    pairs = [torch.randn(r, width, device=DEVICE) * width**-0.5 for r in ranks]
+    pairs += [torch.randn(n, r, device=DEVICE) * 0.05 for n, r in zip(outs, ranks, strict=True)]
+    sides = (beside[0], source.scale), (beside[1], source.turned_scale)
+    write_low(layout, pairs[: len(outs)], pairs[len(outs) :], low, *sides)
+    kept = Fp8Weights(*source.expand(False, []), *source.expand(True, []))
+    x = torch.randn(64, width, device=DEVICE).bfloat16()
+    grad = torch.randn(64, layout.rows, device=DEVICE).bfloat16()
+    saved: list[torch.Tensor] = []
+
+    def run(weights: Any, with_compiler: bool) -> list[torch.Tensor]:
+        def product(x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+            downs, ups = list(given[: len(outs)]), list(given[len(outs) :])
+            return torch.cat(fp8_group(x, weights, low, None, layout, downs, ups), -1)
+
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, *pairs)]
+        called = torch.compile(product, fullgraph=True) if with_compiler else product
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t) or t, lambda t: t
+        )
+        with hooks:
+            y = called(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    want = run(kept, False)
+    saved.clear()
+    for mine, right in zip(run(source, compiled), want, strict=True):
+        assert float((mine.double() - right.double()).norm() / right.double().norm()) < 0.01
+    size = layout.rows * width
+    assert saved
+    assert not any(t.is_floating_point() and t.numel() >= size for t in saved)
 
 
 def on_host(source: Fp8Packed, layout: Layout) -> Fp8Packed:
