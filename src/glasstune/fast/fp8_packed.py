@@ -21,22 +21,31 @@ class PackedFp8Home:
     Args:
         packed: The members' weights.
         layout: Of the group, with its ranks.
+        plain: The same weights without LoRA, where they were looked through before.
 
     Raises:
         ValueError: A weight holds NaN or Inf.
     """
 
-    def __init__(self, packed: Packed4bit | PackedInt8, layout: Layout) -> None:
+    def __init__(
+        self, packed: Packed4bit | PackedInt8, layout: Layout, plain: Fp8Packed | None = None
+    ) -> None:
         extra = extra_columns(layout)
         with torch.inference_mode(False), torch.no_grad():
-            scale, turned_scale = weight_scales(packed, layout)
+            if plain is None:
+                plain = Fp8Packed(packed, layout.outs, *weight_scales(packed, layout))
+            scale, turned_scale = plain.scale, plain.turned_scale
             device = scale.device
             low = torch.zeros(layout.rows, extra, dtype=E4M3, device=device)
             low_turned = torch.zeros(layout.width, extra, dtype=E4M3, device=device)
             self.low = Low.empty(layout, torch.bfloat16, device)
-        self.plain = Fp8Packed(packed, layout.outs, scale, turned_scale)
+        self.plain = plain
         self.weights = Fp8Packed(packed, layout.outs, scale, turned_scale, low, low_turned)
         self._sides = (low, scale), (low_turned, turned_scale)
+
+    def of_ranks(self, layout: Layout) -> PackedFp8Home:
+        """Returns one of the same weights with room for another adapter."""
+        return PackedFp8Home(self.plain.packed, layout, self.plain)
 
     def write(
         self, layout: Layout, downs: list[Tensor], ups: list[Tensor], seen_to_change: bool

@@ -250,8 +250,11 @@ class Group:
         self.downs, self.ups = list(downs), list(ups)
         ranks = tuple(down.shape[0] for down in downs)
         layout = Layout(self.base_layout.width, self.base_layout.outs, ranks, scales)
-        if layout.ranks != self.layout.ranks and (self.wide is not None or self.home is not None):
-            self.release()
+        if layout.ranks != self.layout.ranks:
+            if isinstance(self.home, PackedFp8Home):
+                self.home = self.home.of_ranks(layout)
+            elif self.wide is not None or self.home is not None:
+                self.release()
         self.layout = layout
         self._versions = []
 
