@@ -63,20 +63,15 @@ def to_float8(model: Any) -> None:
 
     for path, module in list(model.named_modules()):
         if is_four_bit(module):
-            weight = dequantize_4bit(module.weight.data, _exact(module.weight.quant_state))
+            state = copy.deepcopy(module.weight.quant_state)
+            state.dtype = torch.float32  # rounded to bfloat16 before, it would be rounded twice
+            weight = dequantize_4bit(module.weight.data, state)
         elif type(module).__name__ == "Int8Linear":
             weight = module.dequantize()
         else:
             continue
         model.set_submodule(path, Fp8Linear.from_weight(weight.float(), module.bias))
     model.is_loaded_in_4bit = False
-
-
-def _exact(state: Any) -> Any:
-    """Lets the expansion be float32: rounded to bfloat16 before, it would be rounded twice."""
-    state = copy.deepcopy(state)
-    state.dtype = torch.float32
-    return state
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -352,13 +347,6 @@ def test_undo_and_copies(bits) -> None:
     agree(twin, other)
 
 
-def compiled(model: Any, backend: Any = "aot_eager", **options: Any) -> Any:
-    return speed_up(
-        model, compile=True,
-        compile_options={"backend": backend, "dynamic": False, "fullgraph": True}, **options,
-    )  # fmt: skip
-
-
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()
@@ -376,7 +364,8 @@ def test_compiled_layers_share_their_graphs_and_keep_no_expanded_weight(bits) ->
     right = gradients(model, True)
     report.undo()
     counter = CompileCounterWithBackend("aot_eager")
-    report = compiled(model, counter, memory_budget=0.3)
+    options = {"backend": counter, "dynamic": False, "fullgraph": True}
+    report = speed_up(model, compile=True, compile_options=options, memory_budget=0.3)
     first = gradients(model, True)
     assert furthest(first, right) < 0.02  # a last bit of bfloat16 moves a float8 number
     norms = sum("norm" in path for path in report.record.compiled)
