@@ -347,14 +347,6 @@ def test_undo_and_copies(bits) -> None:
     agree(twin, other)
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("bits", [4, pytest.param(8, marks=SLOW)])
 def test_compiled_layers_share_their_graphs_and_keep_no_expanded_weight(bits) -> None:
     model = base(bits, layers=4)
@@ -363,6 +355,7 @@ def test_compiled_layers_share_their_graphs_and_keep_no_expanded_weight(bits) ->
     report = speed_up(model, compile=False)
     right = gradients(model, True)
     report.undo()
+    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     options = {"backend": counter, "dynamic": False, "fullgraph": True}
     report = speed_up(model, compile=True, compile_options=options, memory_budget=0.3)
@@ -389,13 +382,13 @@ def test_compiled_layers_share_their_graphs_and_keep_no_expanded_weight(bits) ->
 
 
 @pytest.mark.slow(reason="the compiler takes 15 s")
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_blocks_compiled_by_inductor(bits) -> None:
     truth = gradients(adapted(widened(base(bits))))
     model, _, report = speeded(bits)
     want = gradients(model, True)
     report.undo()
+    torch._dynamo.reset()
     report = speed_up(model, compile=True)
     got = gradients(model, True)
     report.undo()
