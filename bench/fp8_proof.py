@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, way: str, seed: int, folder: Path, files: Any)
         "training": {
             "output_dir": str(output), "max_steps": args.steps, "train_batch_size": args.batch,
             "per_device_train_batch_size": args.batch, "learning_rate": args.rate, "seed": seed,
-            "eval_steps": max(1, args.steps // 5), "recompute": "none",
+            "eval_steps": args.steps, "recompute": "none",
         },
         "audit": {"every_n_steps": 0},
     }  # fmt: skip
@@ -97,15 +97,18 @@ def run(args: argparse.Namespace, way: str, seed: int, folder: Path, files: Any)
 
 def evaluate(output: Path, held: list[Path]) -> float:
     """Returns the loss of a run's adapter on the same base with bfloat16 products."""
-    total, tokens = 0.0, 0
-    for file in held:
-        record = output / "evaluated.json"
-        command = [sys.executable, "-m", "glasstune", "evaluate", str(output), "--data", str(file)]
-        subprocess.run([*command, "--json", str(record)], capture_output=True, check=True)
-        found = json.loads(record.read_text(encoding="utf-8"))
-        total += found["eval_loss"] * found["tokens"]
-        tokens += found["tokens"]
-    return total / tokens
+    program = [sys.executable, "-m", "glasstune", "evaluate", str(output)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    files = [output / f"{path.stem}.json" for path in held]
+    started = [
+        subprocess.Popen([*program, "--data", str(path), "--json", str(file)], **quiet)
+        for path, file in zip(held, files, strict=True)
+    ]
+    if any([process.wait() for process in started]):
+        return float("nan")
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    tokens = sum(record["tokens"] for record in found)
+    return float(sum(record["eval_loss"] * record["tokens"] for record in found) / tokens)
 
 
 def table(files: list[Path]) -> str:

@@ -215,3 +215,13 @@ def test_compiled_blocks_compute_the_same() -> None:
         got = gradients(model)
     # A last bit of bfloat16 moves a float8 number to its neighbour: both are as far from the truth.
     assert distance(got, truth) < 1.3 * distance(want, truth) + 0.01
+
+
+def test_a_layer_of_zeros_takes_nothing_from_the_others() -> None:
+    model = Layer()
+    model.k = Fp8Linear.from_weight(torch.zeros(32, 48))
+    torch.manual_seed(0)
+    adapted_layer = get_peft_model(model, LoraConfig(target_modules=TARGETS, r=4))
+    fill(adapted_layer)
+    speed_up(adapted_layer, compile=False, example={"x": example()})
+    assert furthest(adapted_layer) < BF16

@@ -29,7 +29,10 @@ class Fp8Home:
             wide = torch.zeros(n, i + extra, dtype=E4M3, device=device)
             turned = torch.zeros(i, n + extra, dtype=E4M3, device=device)
             scale = torch.cat([base.scale for base in bases])
-            shared = torch.stack([base.turned_scale for base in bases]).amax(0)
+            # The scale of a weight that is all zero says nothing of the others' columns.
+            scales = [base.turned_scale * bool(base.weight.any()) for base in bases]
+            shared = torch.stack(scales).amax(0)
+            shared = torch.where(shared == 0, 1.0, shared)
             for base, rows in zip(bases, layout.out_slices(), strict=True):
                 wide[rows, :i].view(torch.uint8).copy_(base.weight)
                 # Powers of two: a larger scale moves exponents and rounds nothing but the least.
