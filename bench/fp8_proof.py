@@ -98,13 +98,17 @@ def run(args: argparse.Namespace, way: str, seed: int, folder: Path, files: Any)
 def evaluate(output: Path, held: list[Path]) -> float:
     """Returns the loss of a run's adapter on the same base with bfloat16 products."""
     program = [sys.executable, "-m", "glasstune", "evaluate", str(output)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     files = [output / f"{path.stem}.json" for path in held]
     started = [
-        subprocess.Popen([*program, "--data", str(path), "--json", str(file)], **quiet)
+        subprocess.Popen(
+            [*program, "--data", str(path), "--json", str(file)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
         for path, file in zip(held, files, strict=True)
     ]
-    if any([process.wait() for process in started]):
+    codes = [process.wait() for process in started]  # all of them, also after a failure
+    if any(codes):
         return float("nan")
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     tokens = sum(record["tokens"] for record in found)
