@@ -39,20 +39,24 @@ class Case:
     length: int
     policies: tuple[str, ...] = ("none", "full")
     way: str = "fast"
+    compute: str = "bf16"
 
     @property
     def name(self) -> str:
         """Words for `--only`."""
-        return f"{self.model}-{self.bits}-{self.rows}x{self.length}-{self.way}"
+        fp8 = "-fp8" if self.compute == "fp8" else ""
+        return f"{self.model}-{self.bits}{fp8}-{self.rows}x{self.length}-{self.way}"
 
 
 def gpu_cases(tiny: bool) -> list[Case]:
     """Returns the cases; the tiny ones run anywhere."""
     if tiny:
-        return [Case("toy", bits, 0, 2, 64) for bits in (16, 8, 4)]
+        fp8 = [Case("toy", bits, 0, 2, 64, compute="fp8") for bits in (16, 8, 4)]
+        return [*(Case("toy", bits, 0, 2, 64) for bits in (16, 8, 4)), *fp8]
     some = ("none", "full", "half")
     cases = [Case("llama8b", bits, 8, 4, 2048, some) for bits in (16, 8, 4)]
     cases += [Case("qwen3b", bits, 12, 4, 1024, some) for bits in (16, 8, 4)]
+    cases += [Case("llama8b", bits, 8, 4, 2048, some, compute="fp8") for bits in (16, 8, 4)]
     return [*cases, Case("llama8b", 4, 8, 2, 2048, way="eager")]
 
 
@@ -91,6 +95,7 @@ def planned(case: Case, target: str) -> Any:
         Setup(
             open_source(config), case.bits, adapter, quantization if case.bits == 4 else {},
             target=target, fast=case.way == "fast", compiled=case.way == "fast",
+            fp8=case.compute == "fp8",
         )
     )  # fmt: skip
     return model, model.activations(Batch(case.rows, case.length))
@@ -155,7 +160,8 @@ class Card:
         shapes()
         args = gpu_step.parse(
             ["--bits", str(case.bits), "--seq", str(case.length), "--batch", str(case.rows),
-             "--layers", str(case.layers), "--way", case.way, "--device", "cuda"]
+             "--layers", str(case.layers), "--way", case.way, "--device", "cuda",
+             "--compute", case.compute]
         )  # fmt: skip
         args.model = case.model
         self.model = gpu_step.build(args)

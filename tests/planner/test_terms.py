@@ -119,6 +119,24 @@ def test_the_peak_of_a_step_is_that_of_the_allocator(
     assert max(planned.values()) == pytest.approx(real, rel=0.03)
 
 
+@pytest.mark.parametrize("recomputed", [False, True], ids=["none", "full"])
+def test_the_peak_of_a_float8_step_is_that_of_the_allocator(
+    models: dict[str, Path], qa_file: Path, tmp_path: Path, recomputed: bool
+) -> None:
+    """From the config alone; its products are emulated on a CPU."""
+    run = prepared_run(models["deep"], qa_file, tmp_path / "run", "next", 1, False, r=32)
+    run.config.training.compute = "fp8"
+    work = Work(run, None)
+    policy = Recompute(work.model.layers if recomputed else 0)
+    planned = planned_bytes(work, policy, 1)
+    option, rows = work.choose()
+    record = work.record(option, rows)
+    real = real_peak(replace(run, recompute=policy), 1, False)
+    assert max(planned.values()) == pytest.approx(real, rel=0.03)
+    assert record.basis_of["fp8"].startswith("every layer float8; fp8_keep: auto may keep some")
+    assert "emulated in float32" in record.basis_of["seconds"]
+
+
 def test_a_users_own_loss_is_said_to_be_unknown(
     models: dict[str, Path], qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from glasstune.planner.fp8 import emulated_bytes
+
 ROUND = {"cuda": 512, "cpu": 64}
 """Bytes to which an allocator rounds each tensor: CUDA's caching one, torch's CPU alignment."""
 
@@ -118,6 +120,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inside = logsumexp_workspace(str(func), args)
         if self.cuda:
             inside += attention_workspace(str(func), args)
+        else:
+            inside += emulated_bytes(str(func), args)
         if inside:
             self.peak = max(self.peak, self.now + inside)
             self.most = max(self.most, self.now + inside)

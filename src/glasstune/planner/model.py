@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from glasstune.adapters.overlay import moment_bytes
+from glasstune.core.recompute import Recompute
 from glasstune.models.head import HeadSplit, fold_head
 from glasstune.models.inspect.precision import precision_record
 from glasstune.models.inspect.source import ModelSource
+from glasstune.planner.fp8 import expansion, float8_flops, grown_base, making_bytes
 from glasstune.planner.graphs import compiled_bytes
 from glasstune.planner.live import ROUND
 from glasstune.planner.losses import (
@@ -60,6 +62,8 @@ class Setup:
         z_loss: Whether z_loss is.
         extras: Losses beside these two.
         split: Losses that have a backward of their own in an audited update; 0 where none is.
+        fp8: Whether products of the base are float8.
+        fp8_keep: Patterns of layers that stay as they are then.
     """
 
     source: ModelSource
@@ -78,6 +82,8 @@ class Setup:
     z_loss: bool = False
     extras: tuple[Extra, ...] = ()
     split: int = 0
+    fp8: bool = False
+    fp8_keep: tuple[str, ...] = ()
 
 
 class MemoryModel:
@@ -97,7 +103,8 @@ class MemoryModel:
         self.shadow: Shadow = make_shadow(
             setup.source, setup.bits, setup.adapter, quantization=setup.quantization,
             dtype=setup.dtype, int8_compute=setup.int8_compute, target=setup.target,
-            fast=setup.fast, attention=setup.attention, packed=setup.packed,
+            fast=setup.fast, attention=setup.attention, packed=setup.packed, fp8=setup.fp8,
+            fp8_keep=setup.fp8_keep,
         )  # fmt: skip
         split = HeadSplit(self.shadow.model)
         split.proven = True
@@ -185,7 +192,9 @@ class MemoryModel:
         """Bytes of the widest weight that is expanded for a moment; 0 at 16 bit."""
         sizes = [0]
         for group in self.shadow.groups:
-            if group.kind != "full":
+            if group.kind != "full" and group.fp8:
+                sizes.append(0 if group.kind == "fp8" else expansion(group))
+            elif group.kind != "full":
                 layout = group.layout
                 sizes.append(2 * (layout.rows + layout.columns) * (layout.width + layout.columns))
         if not self.shadow.groups and self.setup.bits < 16:
@@ -196,6 +205,11 @@ class MemoryModel:
                 and type(module).__name__ in ("Linear4bit", "Int8Linear", "Linear8bitLt")
             ]
         return max(sizes)
+
+    def float8_flops(self, tokens: int, recompute: Recompute) -> int:
+        """Returns the operations of a step's float8 products, as `activations` counts them."""
+        forwards = 1 + recompute.layers / max(1, self.layers)
+        return float8_flops(self.shadow.groups, self.times, tokens, forwards)
 
     def loss(self) -> Loss | None:
         """Returns what stands behind the last norm; None where `extras` are all."""
@@ -283,13 +297,19 @@ class MemoryModel:
                 kept = group.base_layout.rows * group.base_layout.width
                 extra = (group.wide.numel() - kept) * group.wide.element_size()
                 wide += self.times(group.paths[0]) * extra
+            if group.stays is not None:
+                wide += self.times(group.paths[0]) * group.stays.beside(group.layout)
+        base, load = record.total_bytes, record.largest_transient_bytes
+        if setup.fp8 and setup.bits == 16:
+            base += grown_base(self.shadow.model, _ITEM, self.times)
+            load = max(load, making_bytes(self.shadow.model, self.shadow.groups))
         return Static(
-            base=record.total_bytes,
+            base=base,
             wide=wide,
             adapters=adapters,
             gradients=gradients,
             optimizer=optimizer,
-            load=record.largest_transient_bytes,
+            load=load,
             largest=largest,
         )
 
@@ -299,6 +319,10 @@ class MemoryModel:
             if name.startswith(f"{path}."):
                 return self.shadow.stands_for.count(index)
         return 1
+
+
+_ITEM = 2
+"""Bytes of a weight's entry that float8 replaces: float32 is refused with it."""
 
 
 def _key(batch: Batch) -> tuple[Any, ...]:

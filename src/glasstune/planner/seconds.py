@@ -79,8 +79,9 @@ def probe_bandwidth(device: torch.device) -> float:
 
 
 def forward_seconds(
-    flops: int, tokens: int, rate: float, device: str, compiled: bool, again: float = 0.0
-) -> float:
+    flops: int, tokens: int, rate: float, device: str, compiled: bool, again: float = 0.0,
+    float8: int = 0,
+) -> float:  # fmt: skip
     """Returns the seconds of a forward and backward.
 
     Args:
@@ -90,6 +91,11 @@ def forward_seconds(
         device: `cpu` or `cuda`.
         compiled: Whether blocks are compiled.
         again: Seconds of memory traffic for what is made again although it is no product.
+        float8: Those of `flops` that are of float8 products, counted there as half: what a step
+            does beside its products takes as long as with bfloat16 ones. Emulated ones are not
+            halved.
     """
-    full = again + flops / (rate * SHARE[device, compiled])
+    share = SHARE[device, compiled]
+    beside = float8 * (1 / share - 1) if device == "cuda" else float8 / share
+    full = again + (flops / share + beside) / rate
     return full * (1 + LAUNCH_TOKENS[device] / max(1, tokens))

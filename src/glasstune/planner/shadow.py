@@ -25,7 +25,7 @@ from glasstune.adapters.lora_layers import (
     lora_state,
     why_no_linear_lora,
 )
-from glasstune.fast.bases import packed_source
+from glasstune.fast.bases import asks_fp8, packed_source
 from glasstune.fast.blocks import find_blocks, find_norms
 from glasstune.fast.group import Group
 from glasstune.fast.groups import shared_inputs
@@ -36,13 +36,20 @@ from glasstune.models.families.table import family_of
 from glasstune.models.inspect.dry_run import skeleton
 from glasstune.models.inspect.source import ModelSource
 from glasstune.models.packed import is_four_bit
+from glasstune.planner.fp8 import PlannedHome, give_fp8, is_fp8
 
 _BLOCK = 64
 _NESTED = 256
 
 
 class PlannedGroup(Group):
-    """A group of the fast path on tensors without data: nothing of it is looked at or moved."""
+    """A group of the fast path on tensors without data: nothing of it is looked at or moved.
+
+    Attributes:
+        stays: What it keeps for float8 products; None without.
+    """
+
+    stays: PlannedHome | None = None
 
     def plan(self) -> None:
         """Binds the group as its first `look` would."""
@@ -52,13 +59,17 @@ class PlannedGroup(Group):
             return
         if self.way == "wide":
             self._bind(states)
-        if self.kind == "full":
+        if self.kind != "full":
+            self.source = None if self.kind == "fp8" else packed_source(self.bases, self.kind)
+            if self.fp8:
+                device = self.bases[0].weight.device
+                self.stays = PlannedHome.of(self.layout, self.source, device)
+                self.home = self.stays  # type: ignore[assignment]
+        else:
             layout, weight = self.layout, self.bases[0].weight
             size = (layout.rows + layout.columns, layout.width + layout.columns)
             self.wide = torch.empty(size, dtype=weight.dtype, device=weight.device)
             self._rows = self.wide[: layout.rows, : layout.width]
-        else:
-            self.source = packed_source(self.bases, self.kind)
 
     def look(self, in_training: bool = False) -> None:
         """Sees whether adapters are switched off; all else is as `plan` left it."""
@@ -66,7 +77,8 @@ class PlannedGroup(Group):
 
     def _way(self, states: Sequence[LoraState]) -> Way:
         ways = {state.way for state in states}
-        if "plain" in ways or (ways == {"grouped"} and len(self.layers) == 1):
+        alone = len(self.layers) == 1 and not (self.fp8 and self.kind != "fp8")
+        if "plain" in ways or (ways == {"grouped"} and alone):
             return "plain"
         return "grouped" if "grouped" in ways else "wide"
 
@@ -120,6 +132,8 @@ def make_shadow(
     fast: bool = False,
     attention: str | None = None,
     packed: bool = False,
+    fp8: bool = False,
+    fp8_keep: Sequence[str] = (),
 ) -> Shadow:
     """Builds the adapted model without data.
 
@@ -134,11 +148,15 @@ def make_shadow(
         fast: Whether layers of one input share a product, as `speed_up` makes them.
         attention: `attn_implementation`, None for the model's own.
         packed: Whether rows hold several documents, kept apart as `install_packing` does it.
+        fp8: Whether products are float8.
+        fp8_keep: Patterns of layers that stay as they are then.
 
     Raises:
         InputError: As `skeleton` and `add_adapter`.
     """
     base: Any = skeleton(source, bits, quantization, dtype=dtype, int8_compute=int8_compute)
+    if fp8:
+        give_fp8(base, quantization.get("llm_int8_skip_modules"), fp8_keep)
     return shadow_of(base, adapter, target=target, fast=fast, attention=attention, packed=packed)
 
 
@@ -334,9 +352,11 @@ def _groups(shadow: Shadow, adapted: Mapping[str, nn.Module]) -> list[PlannedGro
 
 def _key(base: Any) -> tuple[Any, ...]:
     if is_four_bit(base):
-        return ("4bit", base.in_features, base.weight.quant_state.nested)
+        return ("4bit", base.in_features, base.weight.quant_state.nested, asks_fp8(base))
     if type(base).__name__ == "Int8Linear":
-        return ("int8", base.in_features)
+        return ("int8", base.in_features, asks_fp8(base))
+    if is_fp8(base):
+        return ("fp8", base.in_features)
     weight = base.weight
     conv = type(base).__name__ == "Conv1D"
     return ("full", weight.shape[0] if conv else weight.shape[1], weight.dtype)

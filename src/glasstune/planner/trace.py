@@ -188,6 +188,7 @@ def _held(shadow: Shadow) -> list[Tensor]:
     found: list[Tensor] = [*shadow.model.parameters(), *shadow.model.buffers()]
     for group in shadow.groups:
         found += [] if group.wide is None else [group.wide]
+        found += [] if group.stays is None else group.stays.tensors()
     for module in shadow.model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         for part in (state, getattr(state, "state2", None)):

@@ -66,12 +66,19 @@ class Device:
         causal = model.shadow.model.get_base_model()
         width = int(causal.get_output_embeddings().weight.shape[1])
         dtype = torch.float32 if model.shadow.autocast is None else torch.bfloat16
+        emulated = model.setup.fp8 and self.kind == "cpu"
+        if emulated:
+            dtype = torch.float32
         self.rate = probe_rate(torch.device(self.kind), width, batch.tokens, dtype)
         share = SHARE[self.kind, self.compiled]
         self.rate_note = (
             f"products of this model's width run at {self.rate / 1e12:.2f} TFLOP/s here, measured "
             f"just now; a whole step reaches {share:.0%} of that (calibrated)"
         )
+        if model.setup.fp8 and not emulated:
+            self.rate_note += "; a float8 product takes half as long, all beside products as long"
+        if emulated:
+            self.rate_note += "; float8 products are emulated in float32 here"
         if self.compiled:
             self.bandwidth = probe_bandwidth(torch.device(self.kind))
         if self.kind == "cuda":
@@ -130,7 +137,9 @@ def device_of(prepared: Prepared, updates: int) -> Device:
     name = "CPU"
     if place.type == "cuda":
         name = torch.cuda.get_device_name(place)
+    # Packed layers have float8 products in groups alone.
+    inside = prepared.config.training.compute == "fp8" and prepared.config.model.bits != 16
     return Device(
-        place.type, name, compiled or place.type != "cpu", compiled,
+        place.type, name, compiled or place.type != "cpu" or inside, compiled,
         None if family is None else family.attention,
     )  # fmt: skip

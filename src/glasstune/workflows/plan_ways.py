@@ -48,7 +48,12 @@ def alternatives(work: Work, chosen: Option, rows: int) -> list[Alternative]:
             add({key: count}, chosen.recompute, count, longest)
     for length in _lengths(work):
         add({"data.max_length": length}, chosen.recompute, rows, length)
-    return sorted(found, key=lambda item: (not item.fits, item.total_seconds))
+    return sorted(found, key=in_order)
+
+
+def in_order(item: Alternative) -> tuple[bool, float]:
+    """Sorts what fits first, the fastest of each kind before others."""
+    return not item.fits, item.total_seconds
 
 
 def _lengths(work: Work) -> list[int]:

@@ -12,8 +12,9 @@ from glasstune.core.units import format_bytes
 from glasstune.workflows.plan_batch import shape_of
 from glasstune.workflows.plan_device import Device, device_of
 from glasstune.workflows.plan_disk import disk_bytes, no_room
+from glasstune.workflows.plan_fp8 import fp8_note, with_fp8
 from glasstune.workflows.plan_terms import planned_terms, terms_note, unplanned_terms
-from glasstune.workflows.plan_ways import alternatives, refusal
+from glasstune.workflows.plan_ways import alternatives, in_order, refusal
 from glasstune.workflows.prepare_run import Prepared
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Work:
         self.prepared = prepared
         self.config = prepared.config
         self.total = prepared.schedule.total if updates is None else updates
+        self.whole = updates is None
         self.device: Device = device_of(prepared, self.total)
         if prepared.sharded and self.config.model.bits == 16:  # compiled, but not joined
             self.device = replace(self.device, fast=False)
@@ -216,7 +218,7 @@ class Work:
         traffic = step_traffic(self.activations, recompute) * share
         once = forward_seconds(
             flops, tokens, self.device.rate, self.device.kind, self.model.setup.compiled,
-            traffic / self.device.bandwidth,
+            traffic / self.device.bandwidth, self.model.float8_flops(tokens, recompute),
         )  # fmt: skip
         return forwards * once
 
@@ -234,6 +236,10 @@ class Work:
         layers = self.model.layers
         static = self.model.static
         sharded, layer = self.sharded_bytes, self.layer_bytes
+        others = alternatives(self, option, rows)
+        findings = [*self._findings(), *no_room(self.prepared, disk)]
+        if self.whole and (fp8 := with_fp8(self, rows)) is not None:
+            others, findings = sorted([*others, fp8[0]], key=in_order), [*findings, fp8[1]]
         shares = [] if self.device.kind == "cpu" else [
             share
             for count in _MANY
@@ -250,7 +256,7 @@ class Work:
             total_seconds=option.seconds * self.total + evaluation,
             basis="estimate",
             disk_bytes=disk,
-            alternatives=alternatives(self, option, rows),
+            alternatives=others,
             limit_bytes=self.limit,
             limit_reason=self.limit_reason,
             phase=high.phase,
@@ -274,7 +280,7 @@ class Work:
             else 0,
             basis_of=self._basis(),
             several=[self._several(share, rows, option.recompute) for share in shares],
-            findings=[*self._findings(), *no_room(self.prepared, disk)],
+            findings=findings,
         )
 
     def _layer_bytes(self, recompute: Recompute) -> list[int]:
@@ -322,6 +328,7 @@ class Work:
             "adapters": "exact: PEFT's own layers; gradients and optimiser states likewise",
             "activations": "; ".join(self.activations.notes),
             **({"losses": note} if (note := terms_note(self.prepared.terms)) else {}),
+            **({"fp8": fp8_note(self.config)} if self.config.training.compute == "fp8" else {}),
             "seconds": self.device.rate_note,
             **self.device.notes,
         }
@@ -369,10 +376,13 @@ def _setup(prepared: Prepared, device: Device, source: Any) -> Any:
         from glasstune.adapters.overlay import saved_adapter_options
 
         options = {**saved_adapter_options(adapter.path), **adapter.given_options()}
+    training = prepared.config.training
+    keep = () if training.fp8_keep == "auto" else tuple(training.fp8_keep)
     return Setup(
         source=source, bits=model.bits, adapter=options, quantization=model.quantization,
         dtype=model.dtype, int8_compute=model.int8_compute,
         optim=prepared.config.training.optim, target=device.kind, fast=device.fast,
         compiled=device.compiled, attention=model.attn_implementation or device.attention,
-        packed=prepared.data.train.packed, **planned_terms(prepared),
+        packed=prepared.data.train.packed, fp8=training.compute == "fp8", fp8_keep=keep,
+        **planned_terms(prepared),
     )  # fmt: skip

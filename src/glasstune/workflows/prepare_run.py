@@ -151,7 +151,7 @@ def check_supported(config: Config) -> None:
             fix="set model.dtype: it is the type of the products too",
         )
     if training.compute == "fp8":
-        _check_fp8(config)
+        check_fp8(config)
     if training.learning_rate == 0:
         raise InputError(
             "learns_nothing",
@@ -170,7 +170,7 @@ def check_supported(config: Config) -> None:
         )
 
 
-def _check_fp8(config: Config) -> None:
+def check_fp8(config: Config) -> None:
     """Refuses what float8 products do not go with."""
     model = config.model
     if model.dtype == "float32":
