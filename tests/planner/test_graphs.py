@@ -19,9 +19,10 @@ from glasstune.fast.speed_up import speed_up
 from glasstune.models.families.table import FAMILIES
 from glasstune.models.inspect.source import open_source
 from glasstune.planner.graphs import compiled_bytes
+from glasstune.planner.losses import frozen_head_loss
 from glasstune.planner.model import MemoryModel, Setup
 from glasstune.planner.shadow import make_shadow
-from glasstune.planner.trace import Batch, block_calls
+from glasstune.planner.trace import Batch, block_calls, trace_step
 from glasstune.planner.walk import walk
 
 ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -231,6 +232,19 @@ def test_compiled_families_keep_less_than_traced_ones(family: str) -> None:
         return MemoryModel(setup).activations(batch).plain[-1].kept
 
     assert 0.3 * kept(False) < kept(True) <= 1.05 * kept(False)
+
+
+def test_blooms_scores_are_not_planned_where_a_kernel_makes_them() -> None:
+    """On a GPU `flex_attention` keeps q, k, v, its result and a number a row and head."""
+    found = {}
+    for fast in (False, True):
+        shadow = make_shadow(
+            open_source(family_config("bloom")), 16, ADAPTER, target="cuda", fast=fast
+        )
+        steps = [trace_step(shadow, Batch(1, n), frozen_head_loss) for n in (64, 512)]
+        found[fast] = [step.blocks[-1].kept for step in steps]
+    assert found[True][1] < 8.2 * found[True][0]
+    assert found[False][1] > 12 * found[False][0]  # each head's scores
 
 
 def test_a_block_that_is_no_one_graph_is_traced_and_said() -> None:

@@ -36,6 +36,7 @@ from glasstune.models.families.table import family_of
 from glasstune.models.inspect.dry_run import skeleton
 from glasstune.models.inspect.source import ModelSource
 from glasstune.models.packed import is_four_bit
+from glasstune.planner.attention import replace_attention
 from glasstune.planner.fp8 import PlannedHome, give_fp8, is_fp8
 
 _BLOCK = 64
@@ -185,6 +186,8 @@ def shadow_of(
         documents.register()
         base.set_attn_implementation(documents.NAME)
     base.config.use_cache = False
+    if target == "cuda" and fast:
+        replace_attention(base)
     stands_for = _thin_out(base)
     device = "cpu"
     mode = FakeTensorMode(allow_non_fake_inputs=True)
