@@ -104,7 +104,7 @@ def evaluate(output: Path, held: list[Path]) -> float:
             [*program, "--data", str(path), "--json", str(file)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         for path, file in zip(held, files, strict=True)
     ]
     codes = [process.wait() for process in started]  # all of them, also after a failure
