@@ -354,6 +354,17 @@ def test_batch_arithmetic_counts_devices(monkeypatch):
     assert load(f"training: {given}").config.training.train_batch_size == 16
 
 
+@pytest.mark.parametrize(("total", "rows", "fits"), [(1, 1, True), (3, 2, True), (3, 3, False)])
+def test_the_largest_share_of_a_device_is_what_may_be_asked_for(monkeypatch, total, rows, fits):
+    """A resolved config holds it, and is loaded again on resume, by as many devices."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = f"training: {{train_batch_size: {total}, per_device_train_batch_size: {rows}}}"
+    if fits:
+        assert load(given).config.training.train_batch_size == total
+    else:
+        assert refused(given).code == "batch_arithmetic"
+
+
 # --- files -----------------------------------------------------------------------------------
 
 

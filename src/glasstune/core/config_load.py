@@ -6,6 +6,7 @@ the command runs, like every path on a command line.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -211,7 +212,7 @@ def _derive_batch(config: Config, given: set[str]) -> list[str]:
             f"training.train_batch_size {total}{which} cannot be split into {forwards} "
             f"equal forwards{devices}: {total / (forwards * world):.4g} rows each"
         )
-    if rows != "auto" and rows * world > total:
+    if rows != "auto" and rows > math.ceil(total / world):  # the largest share of a device
         if total_given:
             raise _batch_error(
                 f"{rows} rows a forward{devices} = {rows * world} are more than "
