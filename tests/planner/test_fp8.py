@@ -18,10 +18,11 @@ from glasstune.models.fp8 import convert_to_fp8
 from glasstune.models.inspect.source import open_source
 from glasstune.planner.fp8 import MAKING, emulated_bytes, float8_flops
 from glasstune.planner.graphs import compiled_bytes
+from glasstune.planner.losses import frozen_head_loss
 from glasstune.planner.model import MemoryModel, Setup
 from glasstune.planner.seconds import SHARE, forward_seconds
 from glasstune.planner.shadow import make_shadow
-from glasstune.planner.trace import Batch, block_calls
+from glasstune.planner.trace import Batch, block_calls, trace_step
 
 ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 KEEP = ("*.1.mlp.down_proj",)
@@ -169,6 +170,17 @@ def really_saved() -> int:
     report.undo()
     torch._dynamo.reset()
     return sum(storage.nbytes() for storage in saved.values())
+
+
+def test_weights_that_are_kept_are_no_activations() -> None:
+    """Each of two wide members takes its own rows of both copies."""
+    config = tiny_config(num_hidden_layers=2, intermediate_size=1024)
+    shadow = make_shadow(open_source(config), 16, ADAPTER, target="cuda", fast=True, fp8=True)
+    assert any(group.layout.apart for group in shadow.groups)
+    found = trace_step(shadow, Batch(1, 8), frozen_head_loss)
+    joined = 2 * 1024 * (64 + 128)
+    assert max(block.forward for block in found.blocks) < joined
+    assert max(block.backward for block in found.blocks) < 2 * joined
 
 
 def test_operations_are_counted_as_by_hand() -> None:
