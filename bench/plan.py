@@ -1,6 +1,6 @@
 """The plan against measured memory: GPU peaks of real shapes, and resident memory on a CPU.
 
-    python bench/plan.py gpu                      # 20 cases, about 3 minutes on an H100
+    python bench/plan.py gpu                      # 29 cases, about 5 minutes on an H100
     python bench/plan.py gpu --only llama8b-4 # cases whose name holds this
     python bench/plan.py gpu --device cpu --tiny  # the same road on a CPU: predictions alone
     python bench/plan.py cpu                      # eight cases with SmolLM2-135M
