@@ -19,9 +19,11 @@ def refill(weight: torch.Tensor, generator: torch.Generator) -> None:
     """Frees a storage and fills it with other bytes, at another address."""
     storage = weight.untyped_storage()
     size, before = storage.size(), storage.data_ptr()
-    storage.resize_(0)
-    held = [torch.empty(size, dtype=torch.uint8) for _ in range(8)]  # take the freed place
-    storage.resize_(size)
+    held: list[torch.Tensor] = []  # what is freed is given out again: take it away first
+    while storage.data_ptr() == before and len(held) < 1000:
+        storage.resize_(0)
+        held.append(torch.empty(size, dtype=torch.uint8))
+        storage.resize_(size)
     assert storage.data_ptr() != before
     del held
     bytes_ = torch.randint(1, 255, (size,), dtype=torch.uint8, generator=generator)

@@ -199,6 +199,7 @@ def test_kept_bytes_under_a_budget_are_those_that_a_real_block_saves(budget: flo
     assert again.kept == 2 * 64 * 64 * 2
 
 
+@pytest.mark.slow(reason="the compiler takes 15 s")
 def test_operations_of_the_graphs_are_those_of_the_layer_and_budgets_add_to_them() -> None:
     setup = Setup(open_source(tiny_config()), 16, ADAPTER, target="cuda", fast=True, compiled=True)
     model = MemoryModel(setup)
@@ -220,7 +221,17 @@ def test_operations_of_the_graphs_are_those_of_the_layer_and_budgets_add_to_them
     assert half.light[0.9][0][-1].kept == last[0.9].kept // 2
 
 
-@pytest.mark.parametrize("family", ["baichuan", "bloom", "gemma2", "gpt2", "phi3", "qwen3"])
+SLOW = pytest.mark.slow(reason="the compiler takes 5 to 10 s a family")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "bloom",
+        "gemma2",
+        *[pytest.param(x, marks=SLOW) for x in ("baichuan", "gpt2", "phi3", "qwen3")],
+    ],
+)
 def test_compiled_families_keep_less_than_traced_ones(family: str) -> None:
     batch = Batch(2, 64, 50)
 

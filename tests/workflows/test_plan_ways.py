@@ -80,7 +80,9 @@ def refused(model: Path, data: Path, output: Path, limit: str, **more: Any) -> I
     return caught.value
 
 
-@pytest.mark.parametrize("share", [0.6, 0.075])
+@pytest.mark.parametrize(
+    "share", [0.6, pytest.param(0.075, marks=pytest.mark.slow(reason="20 s of plans"))]
+)
 def test_every_way_out_is_accepted(model: Path, rows: Path, tmp_path: Path, share: float) -> None:
     """From a little too large to far too large: then only several changes at once are enough."""
     output = tmp_path / "run"
