@@ -225,3 +225,39 @@ def test_a_layer_of_zeros_takes_nothing_from_the_others() -> None:
     fill(adapted_layer)
     speed_up(adapted_layer, compile=False, example={"x": example()})
     assert furthest(adapted_layer) < BF16
+
+
+def test_loaded_weights_are_seen() -> None:
+    model = layer()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    speed_up(model, compile=False, example={"x": example()})
+    before = run(model)[0]
+    model.load_state_dict(state)
+    assert furthest(model) < BF16
+    assert torch.equal(run(model)[0], before)
+    model.load_state_dict({k: v * 4 if k.endswith("scale") else v for k, v in state.items()})
+    assert furthest(model) < BF16
+    assert float((run(model)[0] - before).norm() / before.norm()) > 1
+
+
+class Clipped(Layer):
+    """Writes into what its layers give, as olmo does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return torch.cat([part.clamp_(-99, 99) for part in (q, k, v)], -1)
+
+
+def test_a_model_may_write_into_outputs() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Clipped(), LoraConfig(target_modules=TARGETS, r=4))
+    fill(model)
+    speed_up(model, compile=False, example={"x": example()})
+    assert furthest(model) < BF16
+
+
+def test_a_state_dict_in_inference_mode_leaves_training_alone() -> None:
+    model, _ = speeded()
+    with torch.inference_mode():
+        model.state_dict()
+    assert furthest(model) < BF16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,20 @@ def test_what_cannot_be_sharded_is_refused_by_name(
     (error,) = ended.errors()
     assert says in error
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_16_bit_base_in_float8_is_refused_before_it_is_loaded() -> None:
+    from types import SimpleNamespace
+
+    from glasstune.core.config_load import config_from_mapping
+    from glasstune.workflows.trained_model import check_sharded
+
+    for bits, refused in ((16, True), (8, False)):
+        sections = {"model": {"path": "m", "bits": bits}, "training": {"compute": "fp8"}}
+        config = config_from_mapping({**sections, "data": {"sources": [{"path": "d"}]}}).config
+        prepared: Any = SimpleNamespace(config=config, terms=[])
+        with pytest.raises(InputError, match="second copy") if refused else nullcontext():
+            check_sharded(prepared)
 
 
 def test_layers_that_cannot_be_sharded_are_refused() -> None:

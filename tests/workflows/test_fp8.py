@@ -262,6 +262,13 @@ def test_a_packed_base_has_float8_products_where_lora_is_inside_them(
             {"adapter": {"init_lora_weights": "olora"}}, "contradiction",
             "adapter.init_lora_weights",
         ),
+        (
+            {
+                "model": {"bits": 4},
+                "losses": [{"name": "next_token"}, {"name": "kl_to_base", "weight": 0.5}],
+            },
+            "contradiction", "losses",
+        ),
         ({"training": {"fp8_keep": ["experts"]}}, "no_such_layer", "training.fp8_keep"),
         ({"training": {"fp8_keep": ["*"]}}, "nothing_quantized", "training.fp8_keep"),
     ],

@@ -142,7 +142,9 @@ def make_plan(job: MergeJob) -> MergePlan:
     attached = attach(model, job.adapter, paths, tensors)
     changes = read_changes(attached, paths)
     training = (
-        None if job.trained is None else TrainingBase(_empty(job, False), job.trained, job.fp8_keep)
+        None
+        if job.trained is None
+        else TrainingBase(_empty(job, False), job.trained, job.fp8_keep, adapted=set(changes))
     )
     names = [name for group in reader.map.groups for name in group.weights]
     dtype: torch.dtype = getattr(torch, job.dtype)

@@ -39,8 +39,9 @@ class Fp8Home:
                 move = (base.turned_scale / shared)[:, None]
                 turned[:, rows] = (base.turned.view(E4M3).float() * move).to(E4M3)
                 base.weight.data = wide[rows, :i].view(torch.uint8)
-                base.turned = turned[:, rows].view(torch.uint8)
-                base.turned_scale = shared
+                # Versions of their own: LoRA's columns are written often, these are watched.
+                base.turned = turned.data[:, rows].view(torch.uint8)
+                base.scale, base.turned_scale = scale.data[rows], shared.clone()
             self.low = Low.empty(layout, torch.bfloat16, device)
         self.weights = Fp8Weights(wide, scale, turned, shared)
         # A rewritten adapter must not look like a rewritten base to a waiting backward.
@@ -70,8 +71,14 @@ class Fp8Home:
 
     def release(self, bases: Sequence[Any]) -> None:
         """Gives the bases memory of their own again."""
-        for base, place in zip(bases, self._places, strict=True):
-            if base.weight.data_ptr() == place:
-                base.weight.data = base.weight.data.contiguous()
-                base.turned = base.turned.contiguous()
-                base.turned_scale = base.turned_scale.clone()
+        with torch.inference_mode(False), torch.no_grad():
+            for base, place in zip(bases, self._places, strict=True):
+                if base.weight.data_ptr() == place:
+                    base.weight.data = base.weight.data.contiguous()
+                    base.turned, base.scale = base.turned.contiguous(), base.scale.clone()
+
+    def tensors(self) -> list[Tensor]:
+        """Returns all that a product reads beside its input."""
+        weights = self.weights
+        own = [weights.wide, weights.scale, weights.turned, weights.turned_scale]
+        return [*own, *self.low.tensors()]

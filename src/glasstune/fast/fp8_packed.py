@@ -65,5 +65,10 @@ class PackedFp8Home:
         with _unsafe_preserve_version_counter((wide[0], turned[0], *self.low.tensors())):
             write_low(layout, downs, ups, self.low, wide, turned)
 
+    def tensors(self) -> list[Tensor]:
+        """Returns what a product reads beside its input and the packed weights."""
+        (low, scale), (low_turned, turned_scale) = self._sides
+        return [low, scale, low_turned, turned_scale, *self.low.tensors()]
+
     def release(self, bases: Sequence[Any]) -> None:
         """Does nothing: the bases keep their own packed weights."""

@@ -309,12 +309,15 @@ def _signature(base: Any, kind: Kind) -> tuple[Any, ...]:
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     return (
         base, id(weight), place, weight.device, weight.dtype, trained,
-        "forward" in base.__dict__, _marked(base),
+        "forward" in base.__dict__, _marked(base, kind),
     )  # fmt: skip
 
 
-def _marked(base: Any) -> tuple[int, ...]:
-    """What tells that a packed weight must be looked through for its powers of two again."""
+def _marked(base: Any, kind: Kind) -> tuple[int, ...]:
+    """What tells that float8 weights, or the powers of two of packed ones, are others now."""
+    if kind == "fp8":  # loaded weights must be brought together anew
+        parts = (base.weight, base.scale, base.turned, base.turned_scale)
+        return tuple(number for part in parts for number in (id(part), _version(part)))
     if not asks_fp8(base):
         return ()
     scale = getattr(base, "scale", base.weight)  # int8 rows'; others come with their weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class TrainingBase:
         model: The plain base on the meta device.
         config: The run's model section.
         fp8_keep: Where products were float8, the patterns of layers that stayed; else None.
+        adapted: Names of the weights under an adapter: of a packed base only these are multiplied
+            in float8. None: all are.
 
     Raises:
         InputError: The section's quantisation options contradict each other.
@@ -43,6 +45,7 @@ class TrainingBase:
         model: PreTrainedModel,
         config: ModelConfig,
         fp8_keep: Sequence[str] | None = None,
+        adapted: Collection[str] | None = None,
     ) -> None:
         self.bits = config.bits
         self.dtype: torch.dtype = getattr(torch, config.dtype)
@@ -60,7 +63,11 @@ class TrainingBase:
                 for path, module in eligible(model, skip)
             }
         if fp8_keep is not None:
-            self._fp8 = {name for name in self._turned if not kept(name[:-7], fp8_keep)}
+            self._fp8 = {
+                name
+                for name in self._turned
+                if not kept(name[:-7], fp8_keep) and (self.bits == 16 or adapted is None or name in adapted)
+            }
 
     @property
     def label(self) -> str:

@@ -150,6 +150,8 @@ class Replays:
         for group in self.speed.groups:
             found.append(-1 if group.wide is None else group.wide.data_ptr())
             found += [base.weight.data_ptr() for base in group.bases]
+            if group.home is not None:
+                found += [tensor.data_ptr() for tensor in group.home.tensors()]
         return tuple(found)
 
 

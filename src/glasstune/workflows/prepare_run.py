@@ -58,7 +58,9 @@ class Prepared:
     def may_shard(self) -> bool:
         """Whether the base may be sharded where it does not fit."""
         asked = self.config.training.distributed.strategy
-        return asked == "auto" and self.schedule.ranks > 1 and not self.sharded
+        training, model = self.config.training, self.config.model
+        fp8 = training.compute == "fp8" and model.bits == 16  # its second copy is not sharded
+        return asked == "auto" and self.schedule.ranks > 1 and not self.sharded and not fp8
 
     def dry_run_record(self) -> DryRunRecord:
         """What `--dry-run` reports."""
@@ -189,7 +191,7 @@ def check_fp8(config: Config) -> None:
             fix="set model.int8_compute: w8a16, without llm_int8_threshold",
         )
     init = config.adapter.lora_options().get("init_lora_weights", True)
-    if init not in (True, False, "gaussian"):
+    if str(init).startswith(_BASE_MOVING):
         raise InputError(
             "contradiction",
             f"adapter.init_lora_weights: {init} changes the base's weights, and a float8 base is "
@@ -197,6 +199,18 @@ def check_fp8(config: Config) -> None:
             where="adapter.init_lora_weights",
             fix="leave it out, or leave training.compute out",
         )
+    if model.bits != 16 and any(loss.name == "kl_to_base" for loss in config.losses):
+        raise InputError(
+            "contradiction",
+            f"the loss term kl_to_base compares with the base, and at {model.bits} bit the base "
+            "alone is not multiplied in float8: the distance would begin with its rounding",
+            where="losses",
+            fix="set model.bits: 16, leave the term out, or leave training.compute out",
+        )
+
+
+_BASE_MOVING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""What PEFT's initialisations are called that write into the base's weights."""
 
 
 def _check_compiler(device: str) -> None:

@@ -88,6 +88,15 @@ def check_sharded(prepared: Prepared) -> None:
     from glasstune.core.errors import InputError
 
     model = prepared.config.model
+    if prepared.config.training.compute == "fp8" and model.bits == 16:
+        raise InputError(
+            "cannot_shard",
+            "float8 layers of a 16-bit base keep a second copy of each weight, which fsdp2 does "
+            "not divide",
+            where="training.compute",
+            fix="set model.bits: 8 or 4, leave training.compute out, or set "
+            "training.distributed.strategy: ddp",
+        )
     asked = {"llm_int8_threshold", "llm_int8_has_fp16_weight"} & set(model.quantization)
     if model.bits == 8 and (model.int8_compute == "llm_int8" or asked):
         raise InputError(

@@ -15,8 +15,10 @@ class Fp8Linear(nn.Linear):
 
     Weights are kept twice, by rows and by columns, since tensor cores read both factors of a
     product by rows; both stand for the same numbers. Tensors are bytes (uint8), so that neither
-    PEFT nor a cast of the model takes them for a type to compute in; what would add a float to the
-    weight fails loudly. `W_q` and `dequantize` are the names by which PEFT reads a packed weight.
+    PEFT nor a cast of the model takes them for a type to compute in. PEFT's own merge into them
+    fails, but with `safe_merge` it adds rounded numbers to bytes and says nothing: merge into the
+    original weights (`glasstune merge`). `W_q` and `dequantize` are the names by which PEFT reads a
+    packed weight.
 
     Args:
         in_features: Width of the input, a multiple of 16.

@@ -138,8 +138,9 @@ def _products(
 ) -> tuple[Tensor, ...]:
     """Returns each member's outputs, so that each has a gradient of its own.
 
-    One product serves all members, but for outputs much wider than the input. What is narrow is
-    copied out of it: attention keeps v as it is, and with a view it would keep q and k too.
+    One product serves all members, but for outputs much wider than the input. The parts are copied
+    out of it: a model may write into what it gets (olmo clips q, k and v), and attention keeps v,
+    with which a view would keep q and k too.
     """
     if layout.apart:
         return tuple(
@@ -149,11 +150,7 @@ def _products(
     y: Tensor = fp8_product(rows, row_scale, wide, scale, dtype)
     if len(layout.outs) == 1:
         return (y,)
-    widest = max(layout.outs)
-    return tuple(
-        y[:, part] if 2 * size > widest else y[:, part].clone()
-        for part, size in zip(layout.out_slices(), layout.outs, strict=True)
-    )
+    return tuple(y[:, part].clone() for part in layout.out_slices())
 
 
 class _GroupProduct(torch.autograd.Function):

@@ -65,8 +65,9 @@ def int8_linear(x: Tensor, quantized: Tensor, scale: Tensor, bias: Tensor | None
 class Int8Linear(nn.Linear):
     """A frozen `nn.Linear` whose weight is int8 with one float32 scale a row.
 
-    It is an `nn.Linear` so that PEFT finds and wraps it; code that would add a float to the weight
-    fails loudly, since the weight is an int8 tensor. `W_q` and `dequantize` are the names by which
+    It is an `nn.Linear` so that PEFT finds and wraps it. PEFT's own merge into it fails, since the
+    weight is an int8 tensor, but with `safe_merge` it adds rounded numbers and says nothing:
+    `glasstune merge` takes the original weights. `W_q` and `dequantize` are the names by which
     PEFT reads a packed weight (DoRA needs its norm).
 
     Args:
