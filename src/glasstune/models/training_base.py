@@ -66,7 +66,8 @@ class TrainingBase:
             self._fp8 = {
                 name
                 for name in self._turned
-                if not kept(name[:-7], fp8_keep) and (self.bits == 16 or adapted is None or name in adapted)
+                if not kept(name[:-7], fp8_keep)
+                and (self.bits == 16 or adapted is None or name in adapted)
             }
 
     @property
