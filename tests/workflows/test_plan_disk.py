@@ -10,6 +10,7 @@ import pytest
 from runs import QuietProgress, tiny_run
 
 from glasstune.core.choices import Choices
+from glasstune.planner.host import resident_bytes
 from glasstune.workflows.plan import plan_run
 from glasstune.workflows.prepare_run import prepare
 from glasstune.workflows.train import train
@@ -63,7 +64,8 @@ def test_a_limit_above_what_is_free_is_said(
         return [finding.code for finding in planned(run).record.findings]
 
     assert said("900TiB") == ["max_memory_above_free"]
-    assert said("2GiB") == []
+    # What this process holds already counts on a CPU, and a test worker may hold much.
+    assert said(f"{resident_bytes() / 2**30 + 1:.1f}GiB") == []
 
 
 def test_each_layer_has_its_bytes(tiny_llama: Path, qa_file: Path, tmp_path: Path) -> None:
