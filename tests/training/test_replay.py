@@ -55,7 +55,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(launched: float = 0.9) -> tuple[Replays, nn.Linear, Any, Choices]:
         monkeypatch.setattr(replay, "time", Clock(launched))
         model, rows, choices = nn.Linear(4, 4), RowSeeds(), Choices()
-        group = SimpleNamespace(wide=torch.zeros(3), bases=[SimpleNamespace(weight=model.weight)])
+        base = SimpleNamespace(weight=model.weight)
+        group = SimpleNamespace(wide=torch.zeros(3), home=None, bases=[base])
         speed: Any = SimpleNamespace(groups=[group])
         replays = Replays(model, speed, list(model.parameters()), rows, choices)
 
