@@ -114,6 +114,7 @@ def test_lora_keeps_bfloat16s_precision_inside_a_float8_product(shape, up, outli
         assert far(got, want) <= 1.5 * 2 * BF16
 
 
+@pytest.mark.skipif(CUDA, reason="the kernel splits by itself: only plain torch can be broken so")
 def test_a_single_e4m3_number_for_b_would_fail_that_test(monkeypatch) -> None:
     from glasstune.kernels.fp8 import low
 
@@ -122,8 +123,7 @@ def test_a_single_e4m3_number_for_b_would_fail_that_test(monkeypatch) -> None:
 
     monkeypatch.setattr(low, "two_parts", one)
     problem = Problem(SHAPES[0], 3.0)
-    if not CUDA:
-        assert far(problem.run()[0], problem.truth()[0]) > 4 * BF16
+    assert far(problem.run()[0], problem.truth()[0]) > 4 * BF16
 
 
 def test_the_whole_layer_is_as_far_from_fp64_as_e4m3_rounds() -> None:
@@ -257,7 +257,8 @@ def test_kernels_write_what_plain_torch_writes(shape) -> None:
         torch.cat(grads, 1).cpu(), v.cpu(), *[arg.cpu() for arg in args], extra_columns(layout)
     )
     torch.testing.assert_close(scales.cpu(), want_scales, rtol=1e-5, atol=0)
-    # A sum in another order moves a scale by its last bit, and a number in 10,000 to its neighbour.
+    # Scales are powers of two and equal; LoRA's columns may be rounded to the neighbour, which at 4
+    # significant bits is an eighth of a number away.
     differ = rows.cpu().view(torch.uint8) != want.view(torch.uint8)
     assert float(differ.float().mean()) < 1e-3
     torch.testing.assert_close(rows.cpu().float(), want.float(), rtol=0.13, atol=2.0**-9)

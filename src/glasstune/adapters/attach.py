@@ -22,14 +22,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from glasstune.adapters.inject import read_lora_config
-from glasstune.adapters.options import peft_remarks_unsaid
+from glasstune.adapters.options import BASE_MOVED, peft_remarks_unsaid
 from glasstune.adapters.reading import bare_name, fit_keys, read_adapter_file
 from glasstune.adapters.state import adapter_state
 from glasstune.core.errors import InputError
 
-# These start by moving part of the base's weight into the adapter; without the moved base (its
-# singular values depend on type and device) the tensors of the file mean nothing.
-_BASE_MOVED = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
 _NOT_LINEAR = {
     "use_qalora": "QA-LoRA pools its input",
     "alora_invocation_tokens": "an activated LoRA depends on where its tokens stand",
@@ -159,7 +156,7 @@ def refuse_unmergeable(config: LoraConfig, folder: Path) -> None:
         InputError: `cannot_merge`.
     """
     how = str(getattr(config, "init_lora_weights", "")).lower()
-    if how.startswith(_BASE_MOVED):
+    if how.startswith(BASE_MOVED):
         raise InputError(
             "cannot_merge",
             f"the adapter started with init_lora_weights={how}, which moved part of the base's "

@@ -11,10 +11,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from glasstune.adapters.inject import base_biases
+from glasstune.adapters.options import BASE_MOVED
 from glasstune.core.errors import InputError
-
-# These start by moving part of the base's weight into the adapter.
-_BASE_MOVED = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @contextmanager
@@ -53,7 +51,7 @@ def base_only(model: nn.Module) -> Iterator[None]:
 def _check_unmoved(model: PeftModel) -> None:
     for config in model.peft_config.values():
         how = str(getattr(config, "init_lora_weights", "")).lower()
-        if how.startswith(_BASE_MOVED) or getattr(config, "kasa_config", None) is not None:
+        if how.startswith(BASE_MOVED) or getattr(config, "kasa_config", None) is not None:
             raise InputError(
                 "base_moved",
                 f"init_lora_weights={how} changes the base's weights, so the base itself is gone",

@@ -20,6 +20,13 @@ from glasstune.core.findings import Finding
 from glasstune.core.names import check_names
 from glasstune.models.classes import Conv1D
 
+BASE_MOVED = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
+"""Beginnings of `init_lora_weights` that move part of the base's weight into the adapter.
+
+Without the moved base (its singular values depend on type and device) the adapter's tensors mean
+nothing.
+"""
+
 ALL_LINEAR = "all-linear"
 
 

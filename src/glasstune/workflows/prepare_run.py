@@ -174,6 +174,8 @@ def check_supported(config: Config) -> None:
 
 def check_fp8(config: Config) -> None:
     """Refuses what float8 products do not go with."""
+    from glasstune.adapters.options import BASE_MOVED
+
     model = config.model
     if model.dtype == "float32":
         raise InputError(
@@ -191,7 +193,7 @@ def check_fp8(config: Config) -> None:
             fix="set model.int8_compute: w8a16, without llm_int8_threshold",
         )
     init = config.adapter.lora_options().get("init_lora_weights", True)
-    if str(init).startswith(_BASE_MOVING):
+    if str(init).lower().startswith(BASE_MOVED):
         raise InputError(
             "contradiction",
             f"adapter.init_lora_weights: {init} changes the base's weights, and a float8 base is "
@@ -207,10 +209,6 @@ def check_fp8(config: Config) -> None:
             where="losses",
             fix="set model.bits: 16, leave the term out, or leave training.compute out",
         )
-
-
-_BASE_MOVING = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""What PEFT's initialisations are called that write into the base's weights."""
 
 
 def _check_compiler(device: str) -> None:
