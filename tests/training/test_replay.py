@@ -129,6 +129,18 @@ def test_who_watches_evaluates_or_moves_weights(made) -> None:
     assert (Stand.made, Stand.replayed) == (2, replayed + 1)
 
 
+def test_float8_weights_that_moved_are_captured_again(made) -> None:
+    replays, _, run, _ = made()
+    held = [torch.zeros(3), torch.zeros(5)]
+    replays.speed.groups[0].home = SimpleNamespace(tensors=lambda: held)
+    for _ in range(SEEN_FIRST + 3):
+        replays(run, inputs())
+    assert Stand.made == 1
+    held[1] = torch.ones(5)  # LoRA's columns of an adapter of another rank
+    replays(run, inputs())
+    assert Stand.made == 2
+
+
 def test_other_shapes_and_constants_have_graphs_of_their_own(made) -> None:
     replays, _, run, _ = made()
     for _ in range(SEEN_FIRST + 2):
