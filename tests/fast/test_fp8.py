@@ -241,11 +241,16 @@ def test_loaded_weights_are_seen() -> None:
 
 
 class Clipped(Layer):
-    """Writes into what its layers give, as olmo does."""
+    """Writes into what its layers give, as olmo does; a bias would be added into new tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q.bias = self.k.bias = self.v.bias = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        return torch.cat([part.clamp_(-99, 99) for part in (q, k, v)], -1)
+        rows = x[None]  # with a batch, so that outputs are reshaped, as a model's are
+        parts = [layer(rows).clamp_(-99, 99) for layer in (self.q, self.k, self.v)]
+        return torch.cat(parts, -1)[0]
 
 
 def test_a_model_may_write_into_outputs() -> None:
